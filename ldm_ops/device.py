@@ -1,0 +1,54 @@
+"""Where a model runs, and in which precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import StringConstraints
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+
+
+def pick_device(device: str) -> str:
+    """`auto` → cuda, else mps, else cpu.
+
+    Raises:
+        ValueError: the named device is not on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this machine has no CUDA device; use device: auto or cpu")
+    return device
+
+
+def pick_dtype(dtype: Dtype, device: str) -> torch.dtype:
+    """`auto` → bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU."""
+    import torch
+
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype != "auto":
+        return named[dtype]
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device != "mps" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def set_threads(count: int) -> None:
+    """Let torch use `count` CPU threads in this process."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def device_name() -> str:
+    """What a manifest says of the machine: the GPU's name, or cpu."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"

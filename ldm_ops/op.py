@@ -1,0 +1,53 @@
+"""The door between the two rooms: an operation on one batch of rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+Row = Mapping[str, Any]
+
+
+class Op(BaseModel, ABC):
+    """The parameters of one stage. Holds no weights; cheap to import and to pickle.
+
+    `reads` names the columns of a row that `run` may look at, `writes` the columns that it returns.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reads: ClassVar[frozenset[str]]
+    writes: ClassVar[frozenset[str]]
+    run_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change how the work is done but not what comes out: they are no part of a row's key."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> Any:
+        """Load the weights from a local folder in diffusers' layout; slow, once per worker."""
+
+    @abstractmethod
+    def run(self, model: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """One output per row, in the same order, for one device batch.
+
+        All rows agree in what must be equal inside a batch (size, steps, scheduler, guidance). The caller fixes the
+        batch's length and pads it, so the shapes on the device never vary. Raises on any row that cannot be done; the
+        caller finds out which one it was.
+        """
+
+    @staticmethod
+    def is_out_of_memory(error: BaseException) -> bool:
+        """Whether a smaller batch may help."""
+        # By name: torch is not imported here, and the CPU allocator raises a plain RuntimeError.
+        return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+
+
+class RowRefused(ValueError):
+    """A row that the model cannot make; `kind` becomes the manifest's error_type."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -1,0 +1,76 @@
+"""Schedulers by name: diffusers' class names, and the short names that people type.
+
+Only samplers that draw their noise row by row from `generator` are here, because a row's picture must not depend on
+its neighbours; that leaves out DPMSolverSDEScheduler (one Brownian tree per batch).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "lms_karras": ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_2m_sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "dpm++_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpm++_2s_karras": ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "sasolver": ("SASolverScheduler", {}),
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
+}
+"""Short name → (diffusers class, settings on top of the model's own)."""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "_").replace("-", "_").replace("euler_ancestral", "euler_a")
+
+
+def scheduler_name(name: str) -> str:
+    """The short name or class name that `name` means ("Euler a", "DPM++ 2M Karras", "DDIMScheduler").
+
+    Raises:
+        ValueError: unknown; the message names the nearest ones.
+    """
+    plain = _plain(name)
+    if plain in SCHEDULERS:
+        return plain
+    classes = {cls: cls for cls, _ in SCHEDULERS.values()}
+    if name in classes:
+        return name
+    near = difflib.get_close_matches(plain, SCHEDULERS, n=3) or difflib.get_close_matches(name, classes, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(SCHEDULERS)}"
+    raise ValueError(f"unknown scheduler {name!r}; {hint}")
+
+
+def is_flow(name: str) -> bool:
+    """Whether the scheduler is for flow-matching models (SD3, FLUX, …) and no others."""
+    cls = SCHEDULERS[name][0] if name in SCHEDULERS else name
+    return cls.startswith("FlowMatch")
+
+
+def make_scheduler(name: str, model_config: dict[str, Any]) -> Any:
+    """A fresh scheduler with the model's own noise schedule; it keeps state, so each batch gets its own."""
+    import diffusers
+
+    cls, settings = SCHEDULERS.get(name, (name, {}))
+    return getattr(diffusers, cls).from_config(model_config, **settings)
