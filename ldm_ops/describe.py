@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from ldm_ops.schedulers import is_flow
+from ldm_ops.schedulers import is_flow, scheduler_name
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -64,7 +65,9 @@ def describe(folder: Path) -> ModelFacts:
     for name in components:
         part = folder / name
         if not part.is_dir():
-            raise NotAModel(f"{folder}: model_index.json names {name}, but there is no such folder; the copy is not whole")
+            raise NotAModel(
+                f"{folder}: model_index.json names {name}, but there is no such folder; the copy is not whole"
+            )
         pickled = sorted(p.name for p in part.iterdir() if p.suffix in PICKLED)
         if pickled and not any(p.suffix == ".safetensors" for p in part.iterdir()):
             raise NotAModel(
@@ -81,6 +84,8 @@ def describe(folder: Path) -> ModelFacts:
     sample = backbone.get("sample_size") or 128
     height, width = (sample, sample) if isinstance(sample, int) else (int(sample[0]), int(sample[1]))
     scheduler = str(_read(folder / "scheduler" / "scheduler_config.json").get("_class_name", ""))
+    with contextlib.suppress(ValueError):  # A class that only this model uses keeps its name.
+        scheduler = scheduler_name(scheduler)
     return ModelFacts(
         pipeline=pipeline,
         size_multiple=max(8, factor) if is_unet else 2 * factor,

@@ -12,7 +12,7 @@ from typing import Any
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "pndm": ("PNDMScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
     "lms_karras": ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -46,7 +46,7 @@ def _plain(name: str) -> str:
 
 
 def scheduler_name(name: str) -> str:
-    """The short name or class name that `name` means ("Euler a", "DPM++ 2M Karras", "DDIMScheduler").
+    """The short name that `name` means ("Euler a", "DPM++ 2M Karras", "DDIMScheduler").
 
     Raises:
         ValueError: unknown; the message names the nearest ones.
@@ -54,9 +54,10 @@ def scheduler_name(name: str) -> str:
     plain = _plain(name)
     if plain in SCHEDULERS:
         return plain
-    classes = {cls: cls for cls, _ in SCHEDULERS.values()}
+    # One name for one sampler, or rows that say DDIMScheduler and ddim could not share a batch.
+    classes = {cls: short for short, (cls, settings) in reversed(SCHEDULERS.items()) if not settings}
     if name in classes:
-        return name
+        return classes[name]
     near = difflib.get_close_matches(plain, SCHEDULERS, n=3) or difflib.get_close_matches(name, classes, n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(SCHEDULERS)}"
     raise ValueError(f"unknown scheduler {name!r}; {hint}")
@@ -64,8 +65,7 @@ def scheduler_name(name: str) -> str:
 
 def is_flow(name: str) -> bool:
     """Whether the scheduler is for flow-matching models (SD3, FLUX, …) and no others."""
-    cls = SCHEDULERS[name][0] if name in SCHEDULERS else name
-    return cls.startswith("FlowMatch")
+    return SCHEDULERS.get(name, (name, {}))[0].startswith("FlowMatch")
 
 
 def make_scheduler(name: str, model_config: dict[str, Any]) -> Any:

@@ -139,9 +139,7 @@ class Txt2Img(Op):
 
         first = rows[0]
         kept = Kept(self.save_intermediates) if self.save_intermediates else None
-        model.pipe.scheduler = make_scheduler(
-            first["scheduler"] or model.scheduler_name, dict(model.scheduler_config)
-        )
+        model.pipe.scheduler = make_scheduler(first["scheduler"] or model.scheduler_name, dict(model.scheduler_config))
         with torch.inference_mode():
             images_BCHW = model.pipe(**self._arguments(model, rows, kept)).images
             if not bool(torch.isfinite(images_BCHW).all()):
@@ -188,9 +186,7 @@ class Txt2Img(Op):
         if model.checker is None:
             return None
         pipe = model.pipe
-        pictures = pipe.image_processor.numpy_to_pil(
-            images_BCHW.float().permute(0, 2, 3, 1).cpu().numpy()
-        )
+        pictures = pipe.image_processor.numpy_to_pil(images_BCHW.float().permute(0, 2, 3, 1).cpu().numpy())
         seen = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
         seen = seen.to(images_BCHW.device, next(model.checker.parameters()).dtype)
         _, flagged = model.checker(images=images_BCHW.clone(), clip_input=seen)
@@ -200,11 +196,14 @@ class Txt2Img(Op):
 def decode(pipe: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
     """Latents as the pipeline holds them → images_BCHW in [0, 1]."""
     if latents_BCHW.ndim != 4:
-        raise RowRefused("model.unsupported", f"save_intermediates does not know {type(pipe).__name__}'s packed latents")
+        raise RowRefused(
+            "model.unsupported", f"save_intermediates does not know {type(pipe).__name__}'s packed latents"
+        )
     config = pipe.vae.config
     shift = getattr(config, "shift_factor", None) or 0.0
     images_BCHW = pipe.vae.decode(latents_BCHW / config.scaling_factor + shift, return_dict=False)[0]
-    return (images_BCHW / 2 + 0.5).clamp(0, 1)
+    in_range_BCHW: torch.Tensor = (images_BCHW / 2 + 0.5).clamp(0, 1)
+    return in_range_BCHW
 
 
 def to_uint8(images_BCHW: torch.Tensor) -> list[NDArray[np.uint8]]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 IMAGE_PX = 64
+Floats = NDArray[np.floating[Any]]
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 25, 25),
@@ -74,29 +76,25 @@ class Caption:
 
 def all_captions() -> list[Caption]:
     """Every caption of the grammar, in a fixed order."""
-    return [
-        Caption(*words)
-        for words in product(SIZES, COLORS, SHAPES, BACKGROUNDS, ("", *POSITIONS))
-    ]
+    return [Caption(*words) for words in product(SIZES, COLORS, SHAPES, BACKGROUNDS, ("", *POSITIONS))]
 
 
-def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], r: float) -> NDArray[np.float32]:
+def _distance(shape: str, x: Floats, y: Floats, r: float) -> Floats:
     """Signed distance (px, negative inside) to an outline of half extent `r`; y points down."""
     if shape == "circle":
-        return np.hypot(x, y) - r
+        return np.asarray(np.hypot(x, y) - r)
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.775 * r) - 0.225 * r
     if shape == "square":
-        half = 0.88 * r
-        return np.maximum(np.abs(x), np.abs(y)) - half
+        return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
     if shape == "cross":
         ax, ay = np.abs(x), np.abs(y)
         return np.maximum(np.maximum(ax, ay) - r, np.minimum(ax, ay) - 0.33 * r)
     if shape == "triangle":
         # Equilateral and upright, its bounding box centred: 2r wide, √3·r high.
         base = y - 0.866 * r
-        side = (np.abs(x) * 2.0 - (y + 0.866 * r) * 1.1547) * 0.866 / 2.0 * 1.1547
-        return np.maximum(base, side)
+        side = np.abs(x) - 0.577 * (y + 0.866 * r)
+        return np.asarray(np.maximum(base, side))
     if shape == "star":
         # Fold the plane into half of one of five wedges; there the outline is a single segment.
         yc = y - 0.05 * r
@@ -111,7 +109,8 @@ def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], r: flo
         edge = dent - tip
         normal = np.array([-edge[1], edge[0]])
         normal = -normal / np.hypot(*normal) if normal[0] < 0 else normal / np.hypot(*normal)
-        return (px - tip[0]) * normal[0] + (py - tip[1]) * normal[1]
+        away: Floats = (px - tip[0]) * normal[0] + (py - tip[1]) * normal[1]
+        return away
     raise ValueError(f"no such shape: {shape}; one of {', '.join(SHAPES)}")
 
 
@@ -119,7 +118,8 @@ def coverage(shape: str, center_xy: tuple[float, float], r: float, size_px: int 
     """Share of each pixel that the shape covers: (size_px, size_px), float32 in [0, 1]."""
     axis = np.arange(size_px, dtype=np.float32) + 0.5
     x, y = np.meshgrid(axis - center_xy[0], axis - center_xy[1])
-    return np.clip(0.5 - _distance(shape, x, y, r), 0.0, 1.0).astype(np.float32)
+    share: NDArray[np.float32] = np.clip(0.5 - _distance(shape, x, y, r), 0.0, 1.0).astype(np.float32)
+    return share
 
 
 def draw(caption: Caption, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -135,4 +135,5 @@ def draw(caption: Caption, rng: np.random.Generator) -> NDArray[np.uint8]:
     ink = np.clip(np.array(COLORS[caption.color]) + rng.normal(0, 4, 3), 0, 255)
     paper = np.clip(np.array(BACKGROUNDS[caption.background]) + rng.normal(0, 2), 0, 255)
     share = coverage(caption.shape, (center[0], center[1]), r)[..., None]
-    return np.round(share * ink + (1 - share) * paper).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.round(share * ink + (1 - share) * paper).astype(np.uint8)
+    return pixels

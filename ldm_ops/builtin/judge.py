@@ -89,7 +89,14 @@ def _extent(shape: str) -> tuple[float, float]:
 def judge(image: NDArray[np.uint8]) -> Verdict:
     """Look at one (64, 64, 3) uint8 picture."""
     pixels = image.astype(np.float64)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     paper = np.median(border, axis=0)
     background = nearest(paper, BACKGROUNDS)
     away = np.linalg.norm(pixels - paper, axis=2)

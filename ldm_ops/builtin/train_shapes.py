@@ -10,7 +10,6 @@ dropping captions.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import time
@@ -23,7 +22,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm_ops.builtin.draw import (
-    BACKGROUNDS, COLORS, IMAGE_PX, POSITIONS, SHAPES, SIZES, Caption, all_captions, draw,
+    BACKGROUNDS,
+    COLORS,
+    IMAGE_PX,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Caption,
+    all_captions,
+    draw,
 )
 from ldm_ops.builtin.judge import judge
 from ldm_ops.builtin.words import MAX_TOKENS, write_tokenizer
@@ -117,8 +124,12 @@ def train_vae(out: Path, steps: int, batch_size: int, device: torch.device) -> N
             vae.eval()
             log.info(
                 "vae %d/%d  loss %.4f  kl %.0f  held-out %.2f dB  %.0f images/s",
-                step + 1, steps, loss.item(), kl.item() * images[0].numel(),
-                psnr(vae, held_out, device), batch_size * (step + 1) / (time.monotonic() - start),
+                step + 1,
+                steps,
+                loss.item(),
+                kl.item() * images[0].numel(),
+                psnr(vae, held_out, device),
+                batch_size * (step + 1) / (time.monotonic() - start),
             )
             vae.train()
             vae.save_pretrained(out / "vae")
@@ -179,9 +190,16 @@ def wording(caption: Caption, rng: np.random.Generator) -> str:
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )
 
@@ -206,21 +224,25 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def teach_words(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[Caption], device: torch.device) -> None:
+def teach_words(
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[Caption], device: torch.device
+) -> None:
     """A head start: read size, color, shape, background and position off the text encoder's last token."""
     answers = [list(SIZES), list(COLORS), list(SHAPES), list(BACKGROUNDS), ["", *POSITIONS]]
     heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, len(a)) for a in answers).to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=1e-3)
     rng = np.random.default_rng(4)
-    for step in range(300):
+    for _ in range(300):
         batch = choose(captions, rng, 128)
         tokens = tokenizer([str(c) for c in batch], padding="max_length", return_tensors="pt").input_ids.to(device)
         pooled = encoder(tokens).pooler_output
         loss = torch.zeros((), device=device)
-        for head, words, field in zip(heads, answers, ("size", "color", "shape", "background", "position"), strict=True):
+        for head, words, field in zip(
+            heads, answers, ("size", "color", "shape", "background", "position"), strict=True
+        ):
             target = torch.tensor([words.index(getattr(c, field)) for c in batch], device=device)
             loss = loss + nn.functional.cross_entropy(head(pooled), target)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     log.info("words learned: cross-entropy %.4f", loss.item())
@@ -228,8 +250,13 @@ def teach_words(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list
 
 def noise_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -237,8 +264,14 @@ def assemble(
     vae: AutoencoderKL, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=noise_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=noise_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -283,11 +316,13 @@ def train_unet(out: Path, steps: int, batch_size: int, cache: int, device: torch
     encoder = new_text_encoder(tokenizer).to(device)
     teach_words(encoder, tokenizer, train, device)
     unet = new_unet().to(device, memory_format=torch.channels_last)
-    log.info("unet %.1f M, text encoder %.1f M parameters", *(sum(p.numel() for p in m.parameters()) / 1e6 for m in (unet, encoder)))
-    live = nn.ModuleList([unet, encoder])
-    average = torch.optim.swa_utils.AveragedModel(
-        live, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
+    log.info(
+        "unet %.1f M, text encoder %.1f M parameters",
+        *(sum(p.numel() for p in m.parameters()) / 1e6 for m in (unet, encoder)),
     )
+    live = nn.ModuleList([unet, encoder])
+    smooth = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call]
+    average = torch.optim.swa_utils.AveragedModel(live, multi_avg_fn=smooth, use_buffers=True)
     optimizer = torch.optim.AdamW(live.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-2)
     alphas = noise_scheduler().alphas_cumprod.to(device)
     start = time.monotonic()
@@ -300,7 +335,11 @@ def train_unet(out: Path, steps: int, batch_size: int, cache: int, device: torch
         latents_BCHW = mean + std * torch.randn_like(mean)
         noise_BCHW = torch.randn_like(latents_BCHW)
         # One timestep per stratum: the loss of a small batch is then far less noisy.
-        t = ((torch.arange(batch_size, device=device) + torch.rand(batch_size, device=device)) / batch_size * 1000).long().clamp(max=999)
+        t = (
+            ((torch.arange(batch_size, device=device) + torch.rand(batch_size, device=device)) / batch_size * 1000)
+            .long()
+            .clamp(max=999)
+        )
         a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
         noisy_BCHW = (a * latents_BCHW + s * noise_BCHW).contiguous(memory_format=torch.channels_last)
         target_BCHW = a * noise_BCHW - s * latents_BCHW
@@ -318,14 +357,23 @@ def train_unet(out: Path, steps: int, batch_size: int, cache: int, device: torch
         running += loss.item()
         if (step + 1) % 100 == 0:
             log.info(
-                "unet %d/%d  loss %.4f  %.0f latents/s", step + 1, steps, running / 100, batch_size * (step + 1) / (time.monotonic() - start)
+                "unet %d/%d  loss %.4f  %.0f latents/s",
+                step + 1,
+                steps,
+                running / 100,
+                batch_size * (step + 1) / (time.monotonic() - start),
             )
             running = 0.0
         if (step + 1) % 1000 == 0 or step + 1 == steps:
-            averaged = average.module
-            pipe = assemble(vae.eval(), averaged[1].eval(), tokenizer, averaged[0].eval())
+            unet_average, encoder_average = average.module.eval().children()
+            pipe = assemble(vae.eval(), encoder_average, tokenizer, unet_average)
             pipe.save_pretrained(out / "pipeline")
-            log.info("unet %d/%d  held-out %s", step + 1, steps, score(pipe, held_out_sample(200 if step + 1 == steps else 50)))
+            log.info(
+                "unet %d/%d  held-out %s",
+                step + 1,
+                steps,
+                score(pipe, held_out_sample(200 if step + 1 == steps else 50)),
+            )
 
 
 def export(out: Path, target: Path) -> None:

@@ -1,0 +1,63 @@
+"""One-object commit: a shard is done when its part exists.
+
+The rules (see `commit`): an answer is not the truth, so anything but a clear success is read back; safety rests on
+no lease, clock or atomicity of the store; nothing is deleted here. Data files are written before, under names that
+follow from their content, so the part never names what may change.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from pipelines.errors import NotWhole, StorageError
+from pipelines.storage import Exists
+
+ATTEMPTS = 8
+Outcome = Literal["mine", "theirs"]
+
+
+class CommitStore(Protocol):
+    """What committing needs of a store."""
+
+    def create(self, path: str, data: bytes) -> None: ...
+
+    def read(self, path: str) -> bytes | None: ...
+
+
+def commit(
+    store: CommitStore,
+    path: str,
+    part: bytes,
+    attempt: str,
+    attempt_of: Callable[[bytes], str | None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> Outcome:
+    """Make `part` the one part at `path`, or find out that another attempt was first.
+
+    `attempt_of` reads the attempt's id out of a part, None where the bytes are not a part. Returns "mine" where
+    the part at `path` is ours, whatever the store answered, and "theirs" where another valid one stands there:
+    its files are whole, ours stay for `gc`.
+
+    Raises:
+        NotWhole: something that is no part stands at `path`.
+        StorageError: the store refuses, or stays silent for all tries.
+    """
+    last: Exception | None = None
+    for n in range(ATTEMPTS):
+        try:
+            store.create(path, part)
+        except (Exists, OSError) as error:
+            last = error
+        else:
+            return "mine"
+        standing = store.read(path)
+        if standing is not None:
+            owner = attempt_of(standing)
+            if owner is None:
+                raise NotWhole(f"{path} is not a part of this plan (cut off or foreign); move it away and run again")
+            return "mine" if owner == attempt else "theirs"
+        sleep(random.uniform(0, min(10.0, 0.2 * 2**n)))
+    raise StorageError(f"{path}: could not be committed in {ATTEMPTS} tries ({last}); run the same command again")

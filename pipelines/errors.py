@@ -1,0 +1,53 @@
+"""Every error that a user may meet, one line each; the exit code belongs to the class.
+
+LdmError
+├── JobError            2   the job file, the command or the table is wrong
+├── OutputHeldByOther   2   sink.path holds the result of a different job
+├── StorageError        1   a store refuses or does not answer
+├── RunFailed           1   the run itself could not go on
+├── NotWhole            4   the output does not add up
+└── RunAlive           75   another run works on the same output
+"""
+
+from __future__ import annotations
+
+
+class LdmError(Exception):
+    """Base of all; the message says where, what came, what is allowed and what to do."""
+
+    exit_code = 1
+
+
+class JobError(LdmError):
+    """The job file, the command line or the input table is wrong."""
+
+    exit_code = 2
+
+
+class OutputHeldByOther(LdmError):
+    """The output belongs to a job with other output-changing parameters."""
+
+    exit_code = 2
+
+
+class StorageError(LdmError):
+    """A store refused (credentials, permission, no such bucket) or stayed silent."""
+
+
+class RunFailed(LdmError):
+    """The run stopped for a reason that no single row explains."""
+
+
+class NotWhole(LdmError):
+    """Planned rows and the manifest do not agree."""
+
+    exit_code = 4
+
+
+class RunAlive(LdmError):
+    """A live run holds the output."""
+
+    exit_code = 75
+
+
+EXIT_OK, EXIT_DEAD_LETTERS, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 3, 130, 143

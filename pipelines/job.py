@@ -1,0 +1,235 @@
+"""The job file: what a user may write, checked before anything runs. Imports neither torch nor ray."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from ldm_ops.txt2img import Txt2Img
+from pipelines.errors import JobError
+from pipelines.yaml_file import Document, override, read_yaml
+
+SCHEMA_HEADER = "# yaml-language-server: $schema="
+
+ROW_PARAMETERS = (
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+)
+"""Columns of a table that set a parameter of their row; with `id` the only names that mean something."""
+
+RowName = Literal[
+    "id",
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+]
+MatrixName = Literal["negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "scheduler"]
+
+
+class Section(BaseModel):
+    """Base of every part of a job file: unknown fields are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Section):
+    """Where rows come from: a table (`path`) or the job file itself (`rows`)."""
+
+    path: str | list[str] | None = Field(
+        None, description="file, glob, list or fsspec URL of CSV, TSV, JSONL, Parquet, or text with a prompt a line"
+    )
+    rows: list[str | dict[str, Any]] | None = Field(None, description="prompts, or rows as mappings, inline")
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "text"] = Field(
+        "auto", description="auto goes by the file's ending"
+    )
+    columns: dict[RowName, str] = Field(default_factory=dict, description="ours: theirs, such as prompt: caption")
+    templates: dict[Literal["prompt", "negative_prompt"], str] = Field(
+        default_factory=dict, description="Jinja over the row's columns, such as 'a {{ style }} {{ animal }}'"
+    )
+    matrix: dict[MatrixName, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="every row is made with every combination of these values"
+    )
+    on_bad_row: Literal["refuse", "fail"] = Field(
+        "refuse", description="refuse the whole job, or record a wrong row as failed and make the others"
+    )
+    storage_options: dict[str, Any] = Field(default_factory=dict, description="passed to fsspec; never recorded")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.rows is None):
+            raise ValueError("give either path or rows")
+        return self
+
+
+class Pool(BaseModel):
+    """How a stage is spread over the cluster; of these only `batch_size` can change the last bits of a picture."""
+
+    batch_size: int = Field(8, ge=1, le=4096, description="rows of one device call")
+    workers: int = Field(1, ge=1, le=100_000, description="actors that hold the model")
+    num_gpus: float = Field(0, ge=0, le=64, description="GPUs of one worker; a fraction shares one")
+    num_cpus: float | None = Field(None, gt=0, description="CPU share of one worker; fitted to the machine if left out")
+
+
+class Txt2ImgStage(Pool, Txt2Img):
+    """The `txt2img` op with its pool."""
+
+    op: Literal["txt2img"]
+
+    def bare(self) -> Txt2Img:
+        """The op without its pool."""
+        return Txt2Img(**self.model_dump(include=set(Txt2Img.model_fields)))
+
+
+Stage = Txt2ImgStage
+
+
+class Sink(Section):
+    """Where results go."""
+
+    path: Annotated[str, StringConstraints(min_length=1)] = Field(description="folder or fsspec URL")
+    layout: Literal["files"] = "files"
+    format: Literal["png", "jpeg", "webp"] = Field("png", description="png and webp are lossless here")
+    quality: int = Field(95, ge=1, le=100, description="of JPEG")
+    storage_options: dict[str, Any] = Field(default_factory=dict, description="passed to fsspec; never recorded")
+
+
+class Job(Section):
+    """One YAML file."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "job"
+    seed: int = Field(0, ge=0, lt=2**63, description="rows without a seed derive theirs from it")
+    source: Source
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=1)]
+    sink: Sink
+    batches_per_shard: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
+        "auto", description="device batches in the unit of commit and resume"
+    )
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that makes the picture."""
+        return self.stages[0]
+
+    def resolved_yaml(self) -> str:
+        """What `_ldm/job.yaml` keeps: every default filled in, no storage option."""
+        import yaml
+
+        return yaml.safe_dump(self.recorded(), sort_keys=False, allow_unicode=True)
+
+    def recorded(self) -> dict[str, Any]:
+        """The job as plain values without storage options, which may hold secrets."""
+        return self.model_dump(mode="json", exclude={"source": {"storage_options"}, "sink": {"storage_options"}})
+
+    def output_settings(self) -> dict[str, Any]:
+        """All that changes what comes out except the table's content, flat: {"stages.0.guidance_scale": 7.5, …}."""
+        stages = [
+            stage.model_dump(mode="json", exclude=set(Pool.model_fields) | stage.run_only) for stage in self.stages
+        ]
+        sink = self.sink.model_dump(
+            include={"layout", "format"} | ({"quality"} if self.sink.format == "jpeg" else set())
+        )
+        source = self.source.model_dump(mode="json", include={"path", "columns", "templates", "matrix"})
+        return flatten({"seed": self.seed, "source": source, "stages": stages, "sink": sink})
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings and lists of mappings → {"a.b.0.c": leaf}."""
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        items = dict(enumerate(value)).items()
+    else:
+        return {path: value}
+    return {k: v for name, child in items for k, v in flatten(child, f"{path}.{name}" if path else str(name)).items()}
+
+
+def digest(value: Any) -> str:
+    """sha256 of canonical JSON, 64 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Job:
+    """Read and validate one job file; `overrides` are `path=value` as for `--set`.
+
+    Raises:
+        JobError: with file, line, column, field and what is allowed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such job file; `ldm-batch init` writes one") from None
+    except IsADirectoryError:
+        raise JobError(f"{path} is a folder; give a job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    return parse_job(text, str(path), overrides, environ)
+
+
+def parse_job(
+    text: str, name: str = "job.yaml", overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> Job:
+    """`load_job` for text that is already at hand."""
+    document = read_yaml(text, name, environ)
+    for assignment in overrides:
+        override(document, assignment)
+    try:
+        return Job.model_validate(document.data)
+    except ValidationError as error:
+        raise JobError("\n".join(_sentence(document, e) for e in error.errors()[:5])) from None
+
+
+def _sentence(document: Document, error: Any) -> str:
+    loc = tuple(error["loc"])
+    path = ".".join(str(step) for step in loc if not _is_branch(step)) or "job"
+    at, kind, came = document.where(loc), error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        allowed = _allowed(loc)
+        near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
+        return f"{at}: {path}: unknown field; {hint}"
+    if kind == "missing":
+        return f"{at}: {path}: missing; it is needed"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    shown = repr(came) if isinstance(came, (str, int, float, bool, type(None))) else type(came).__name__
+    return f"{at}: {path}: {message}; got {shown[:80]}" if kind != "value_error" else f"{at}: {path}: {message}"
+
+
+def _is_branch(step: str | int) -> bool:
+    # pydantic adds the name of the union's branch that failed to the end of a location.
+    return isinstance(step, str) and bool(re.match(r"^(\[key\]|list\[|dict\[|str$|int$|literal\[|constrained-)", step))
+
+
+def _allowed(loc: tuple[str | int, ...]) -> list[str]:
+    if loc[0] == "source" and len(loc) > 1:
+        return list(Source.model_fields)
+    if loc[0] == "sink" and len(loc) > 1:
+        return list(Sink.model_fields)
+    if loc[0] == "stages" and len(loc) > 2:
+        return sorted(Txt2ImgStage.model_fields)
+    return list(Job.model_fields)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file, for editors."""
+    schema = Job.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ldm-batch job"}

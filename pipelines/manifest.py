@@ -1,0 +1,165 @@
+"""What became of each row: the columns of the manifest, the parts that hold them, and how to read them all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import NotWhole
+from pipelines.storage import Store
+
+INTERMEDIATE = pa.struct(
+    [
+        ("step", pa.int32()),
+        ("kind", pa.string()),
+        ("uri", pa.string()),
+        ("sha256", pa.string()),
+        ("num_bytes", pa.int64()),
+    ]
+)
+
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("id", pa.string()),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("attempt", pa.int32()),
+        pa.field("uri", pa.string()),
+        pa.field("sha256", pa.string()),
+        pa.field("num_bytes", pa.int64()),
+        pa.field("format", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("prompt", pa.string()),
+        pa.field("negative_prompt", pa.string()),
+        pa.field("seed", pa.int64()),
+        pa.field("num_inference_steps", pa.int32()),
+        pa.field("guidance_scale", pa.float64()),
+        pa.field("scheduler", pa.string()),
+        pa.field("strength", pa.float64()),
+        pa.field("model", pa.string()),
+        pa.field("model_revision", pa.string()),
+        pa.field("source_uri", pa.string()),
+        pa.field("source_row", pa.int64()),
+        pa.field("num_duplicates", pa.int32()),
+        pa.field("nsfw", pa.bool_()),
+        pa.field("intermediates", pa.list_(INTERMEDIATE)),
+        pa.field("batch_size", pa.int32()),
+        pa.field("device", pa.string()),
+        pa.field("worker", pa.string()),
+        pa.field("duration_s", pa.float64()),
+        pa.field("run_id", pa.string()),
+        pa.field("created_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""One row per planned row; the table's other columns follow, `input.` in front where a name is taken.
+
+`status` is ok, failed or filtered. `uri` is relative to the output. Sizes in px, `duration_s` is the row's share of its
+device batch. `intermediates` lists what `save_intermediates` kept.
+"""
+
+FOLDER = "manifest"
+READERS = 16
+
+
+@dataclass(frozen=True)
+class PartHead:
+    """What a part says of itself in its Parquet footer."""
+
+    plan_id: str
+    shard: int
+    attempt: str
+    num_rows: int
+    num_ok: int
+    num_failed: int
+    num_filtered: int
+    keys_digest: str
+
+    def metadata(self) -> dict[bytes, bytes]:
+        return {b"ldm_batch": json.dumps(self.__dict__, sort_keys=True).encode()}
+
+
+def part_path(plan_id: str, shard: int) -> str:
+    return f"{FOLDER}/{plan_id}/{shard:06d}.parquet"
+
+
+def keys_digest(keys: Iterable[str]) -> str:
+    """Order-free digest of row keys, 32 hex digits."""
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:32]
+
+
+def part_bytes(rows: pa.Table, head: PartHead) -> bytes:
+    """A part: the shard's manifest rows, its head in the footer."""
+    buffer = io.BytesIO()
+    pq.write_table(rows.replace_schema_metadata(head.metadata()), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_head(part: bytes) -> PartHead | None:
+    """The head of a part, None where the bytes are no whole part."""
+    try:
+        metadata = pq.read_metadata(io.BytesIO(part)).metadata or {}
+        head = PartHead(**json.loads(metadata[b"ldm_batch"]))
+        table = pq.read_table(io.BytesIO(part), columns=["key"])
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
+        return None
+    whole = table.num_rows == head.num_rows and keys_digest(table["key"].to_pylist()) == head.keys_digest
+    return head if whole else None
+
+
+def attempt_of(part: bytes) -> str | None:
+    """The attempt that wrote a part; what `commit` asks of a part that stands in its way."""
+    head = read_head(part)
+    return head.attempt if head else None
+
+
+def committed_shards(store: Store, plan_id: str) -> set[int]:
+    """Shards whose part exists: one listing, nothing read."""
+    prefix = f"{FOLDER}/{plan_id}"
+    return {int(name[len(prefix) + 1 : -len(".parquet")]) for name in store.list(prefix) if name.endswith(".parquet")}
+
+
+def read_parts(store: Store, paths: Iterable[str]) -> list[tuple[str, PartHead, bytes]]:
+    """Read and check parts, some at a time.
+
+    Raises:
+        NotWhole: one of them is no whole part.
+    """
+
+    def one(path: str) -> tuple[str, PartHead, bytes]:
+        part = store.read(path)
+        head = read_head(part) if part is not None else None
+        if part is None or head is None:
+            raise NotWhole(f"{store.uri(path)} is not a whole part; move it away and run the same command again")
+        return path, head, part
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(one, sorted(paths)))
+
+
+def read_manifest(
+    path: str, columns: list[str] | None = None, storage_options: dict[str, object] | None = None
+) -> pa.Table:
+    """Every manifest row under an output folder or URL, sorted by plan and shard.
+
+    Raises:
+        NotWhole: a part is cut off.
+    """
+    store = Store(path, storage_options)
+    parts = read_parts(store, (name for name in store.list(FOLDER) if name.endswith(".parquet")))
+    tables = [pq.read_table(io.BytesIO(part), columns=columns).replace_schema_metadata(None) for _, _, part in parts]
+    if not tables:
+        schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
+        return schema.empty_table()
+    return pa.concat_tables(tables, promote_options="permissive")

@@ -1,0 +1,442 @@
+"""Plan: read the table once, say what will be made, in which batches, in which shards; write it down.
+
+A plan is immutable. `_ldm/plans/0001.json` and so on are the log of an output's plans (created only if absent, so two
+planners cannot both add one); a source that has grown adds a plan with only the new keys.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ldm_ops.describe import ModelFacts
+from pipelines import manifest
+from pipelines.commit import commit
+from pipelines.errors import JobError, OutputHeldByOther
+from pipelines.job import ROW_PARAMETERS, Job, digest
+from pipelines.rows import PROTOCOL, PlannedRow, Resolver
+from pipelines.source import Chunk, read_source
+from pipelines.storage import Store
+from pipelines.weights import Weights, identify
+
+PLANS = "_ldm/plans"
+SHARDS_PER_FILE = 64
+MAX_PROBLEMS = 5
+AUTO_SHARDS = 16
+AUTO_MAX_BATCHES = 8
+AUTO_MAX_PIXEL_BYTES = 192 << 20
+
+BUCKET = ("height", "width", "num_inference_steps", "scheduler", "guidance_scale")
+"""What must be equal inside one device batch."""
+
+OWN_FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("id", pa.string()),
+    pa.field("prompt", pa.string()),
+    pa.field("negative_prompt", pa.string()),
+    pa.field("seed", pa.int64()),
+    pa.field("height", pa.int32()),
+    pa.field("width", pa.int32()),
+    pa.field("num_inference_steps", pa.int32()),
+    pa.field("guidance_scale", pa.float64()),
+    pa.field("scheduler", pa.string()),
+    pa.field("source_uri", pa.string()),
+    pa.field("source_row", pa.int64()),
+    pa.field("problem", pa.string()),
+]
+LATER_FIELDS = ("num_duplicates", "batch", "shard")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of commit. `cost` is its share of the work: sample-steps × pixels."""
+
+    plan_id: str
+    index: int
+    file: str
+    row_group: int
+    num_rows: int
+    keys_digest: str
+    cost: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one plan says; `num_` counts are rows of this plan."""
+
+    plan_id: str
+    job: dict[str, Any]
+    settings: dict[str, Any]
+    batch_size: int
+    batches_per_shard: int
+    num_rows: int
+    num_batches: int
+    num_wrong: int
+    keys_digest: str
+    created_at: str
+    shards: tuple[Shard, ...] = field(repr=False)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), ensure_ascii=False).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        value = json.loads(data)
+        return cls(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
+
+
+@dataclass
+class Planned:
+    """The outcome of planning: all plans of the output, and what the table held.
+
+    `table` is the new plan's rows, None where nothing is new.
+    """
+
+    plans: list[Plan]
+    new: Plan | None
+    table: pa.Table | None
+    num_source_rows: int
+    num_pictures: int
+    num_duplicates: int
+    num_known: int
+    num_wrong: int
+    problems: list[str]
+    buckets: list[dict[str, Any]]
+    weights: Weights
+    facts: ModelFacts
+    num_rows: int = 0
+
+    @property
+    def num_shards(self) -> int:
+        return sum(len(plan.shards) for plan in self.plans)
+
+
+def check(job: Job, limit: int | None = None) -> Planned:
+    """Validate everything, every row too, and write nothing.
+
+    Raises:
+        JobError: the job, the model or a row is wrong.
+    """
+    return _Planner(job, limit).plan([], None)
+
+
+def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
+    """Bring the output's plans up to date with the table, and write what is new.
+
+    Raises:
+        JobError: the job, the model or a row is wrong.
+        OutputHeldByOther: the output was made with other parameters, and `extend` is not set.
+    """
+    planner = _Planner(job, limit)
+    store = Store(job.sink.path, job.sink.storage_options)
+    while True:
+        plans = read_plans(store)
+        if plans and not extend:
+            refuse_other_job(store, plans[-1].settings, planner.settings)
+        planned = planner.plan(plans, store)
+        if planned.new is None or planned.table is None:
+            return planned
+        _write_rows(store, planned.new, planned.table)
+        store.write(f"{PLANS}/{planned.new.plan_id}/plan.json", planned.new.to_json())
+        claim = json.dumps({"plan_id": planned.new.plan_id}).encode()
+        outcome = commit(
+            store,
+            f"{PLANS}/{len(plans) + 1:04d}.json",
+            claim,
+            planned.new.plan_id,
+            lambda data: json.loads(data)["plan_id"],
+        )
+        if outcome == "mine":
+            store.write("_ldm/job.yaml", job.resolved_yaml().encode())
+            store.delete("_SUCCESS")
+            return planned
+
+
+def read_plans(store: Store) -> list[Plan]:
+    """The output's plans, oldest first; empty where there are none."""
+    plans = []
+    for name in sorted(store.list(PLANS)):
+        if name.count("/") == 2 and name.endswith(".json"):
+            claim = store.read(name)
+            body = store.read(f"{PLANS}/{json.loads(claim)['plan_id']}/plan.json") if claim else None
+            if body is None:
+                raise OutputHeldByOther(f"{store.uri(name)} names a plan that is not there; choose a new sink.path")
+            plans.append(Plan.from_json(body))
+    return plans
+
+
+def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise OutputHeldByOther with the difference, if there is one."""
+    held = json.loads(json.dumps(held))
+    now = json.loads(json.dumps(now))
+    changes = [
+        f"{name} {held.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(held.keys() | now.keys())
+        if held.get(name) != now.get(name)
+    ]
+    if changes:
+        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+        raise OutputHeldByOther(
+            f"{store.url} holds another job ({'; '.join(changes[:4])}{more}): choose a new sink.path, or pass --extend "
+            "to add the changed rows beside the old ones"
+        )
+
+
+def read_shard(store: Store, shard: Shard) -> pa.Table:
+    """The planned rows of one shard."""
+    data = store.read(shard.file)
+    if data is None:
+        raise OutputHeldByOther(f"{store.uri(shard.file)} is gone; the plan cannot be followed; choose a new sink.path")
+    return pq.ParquetFile(io.BytesIO(data)).read_row_group(shard.row_group)
+
+
+class _Planner:
+    def __init__(self, job: Job, limit: int | None) -> None:
+        self.job = job
+        self.limit = limit
+        stage = job.stage
+        self.weights, self.facts = identify(stage.model, stage.revision, stage.variant, job.source.storage_options)
+        if stage.safety_checker not in (None, "off") and not self.facts.has_safety_checker:
+            raise JobError(f"stages.0.safety_checker: {stage.model} has no safety checker; leave it out, or set off")
+        self.resolver = Resolver(job, self.weights, self.facts)
+        self.settings = {**job.output_settings(), "stages.0.model_revision": self.weights.revision}
+
+    def plan(self, plans: list[Plan], store: Store | None) -> Planned:
+        known = set(_known_keys(plans, store)) if store is not None else set()
+        counts: dict[str, int] = {}
+        ids: dict[str, str] = {}
+        problems: list[str] = []
+        tables: list[pa.Table] = []
+        num_source_rows = num_pictures = num_known = num_wrong = 0
+        for chunk in self._limited(read_source(self.job.source)):
+            num_source_rows += chunk.num_rows
+            fresh: list[PlannedRow] = []
+            for row in self.resolver.rows(chunk):
+                num_pictures += 1
+                if row.problem is not None:
+                    num_wrong += 1
+                    if len(problems) < MAX_PROBLEMS:
+                        problems.append(f"{chunk.uri} row {chunk.first_row + row.source_index}: {row.problem}")
+                if row.id is not None and ids.setdefault(row.id, row.key) != row.key:
+                    raise JobError(
+                        f"{chunk.uri} row {chunk.first_row + row.source_index}: id {row.id[:80]!r} stands on another "
+                        "row with other content; ids must be unique"
+                    )
+                if row.key in counts:
+                    counts[row.key] += 1
+                elif row.key in known:
+                    counts[row.key] = 1
+                    num_known += 1
+                else:
+                    counts[row.key] = 1
+                    fresh.append(row)
+            if fresh:
+                tables.append(_table(chunk, fresh, self.resolver.used_columns()))
+        if num_source_rows == 0:
+            raise JobError(f"{_origin(self.job)}: the table has no rows; there is nothing to make")
+        if num_wrong and self.job.source.on_bad_row == "refuse":
+            more = f"\n… {num_wrong} rows are wrong in all" if num_wrong > len(problems) else ""
+            raise JobError(
+                "\n".join(problems) + more + "\nmend them, or set source.on_bad_row: fail to make the others"
+            )
+        if num_wrong == num_pictures:
+            raise JobError("\n".join(problems) + "\nno row can be made")
+        del ids, known
+        table = _concat(tables)
+        new: Plan | None = None
+        buckets: list[dict[str, Any]] = []
+        if table.num_rows:
+            table = _sorted(table)
+            duplicates = np.array([counts[key] - 1 for key in table["key"].to_pylist()], dtype=np.int32)
+            table = table.append_column("num_duplicates", pa.array(duplicates))
+            new, table, buckets = self._cut(table)
+        return Planned(
+            plans=plans + ([new] if new else []),
+            new=new,
+            table=table if new else None,
+            num_source_rows=num_source_rows,
+            num_pictures=num_pictures,
+            num_duplicates=num_pictures - len(counts),
+            num_known=num_known,
+            num_wrong=num_wrong,
+            problems=problems,
+            buckets=buckets,
+            weights=self.weights,
+            facts=self.facts,
+            num_rows=len(counts),
+        )
+
+    def _limited(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        left = self.limit
+        for chunk in chunks:
+            if left is None:
+                yield chunk
+                continue
+            take = min(left, chunk.num_rows)
+            left -= take
+            yield Chunk(chunk.uri, chunk.first_row, take, {n: c[:take] for n, c in chunk.columns.items()})
+            if left == 0:
+                return
+
+    def _cut(self, table: pa.Table) -> tuple[Plan, pa.Table, list[dict[str, Any]]]:
+        size = self.job.stage.batch_size
+        change = np.zeros(table.num_rows, dtype=bool)
+        change[0] = True
+        for name in BUCKET:
+            codes = np.asarray(pc.fill_null(table[name].combine_chunks().dictionary_encode().indices, -1))
+            change[1:] |= codes[1:] != codes[:-1]
+        starts = np.flatnonzero(change)
+        bucket = np.cumsum(change) - 1
+        within = np.arange(table.num_rows) - starts[bucket]
+        batches = np.diff(np.append(starts, table.num_rows))
+        per_bucket = -(-batches // size)
+        first_batch = np.concatenate([[0], np.cumsum(per_bucket)[:-1]])
+        batch = first_batch[bucket] + within // size
+        num_batches = int(per_bucket.sum())
+        per_shard = self.job.batches_per_shard
+        if per_shard == "auto":
+            sides = np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 0)).max()
+            fitting = int(AUTO_MAX_PIXEL_BYTES // max(1, int(sides) * 3 * size))
+            per_shard = int(max(1, min(num_batches // AUTO_SHARDS, AUTO_MAX_BATCHES, fitting)))
+        shard = batch // per_shard
+        table = table.append_column("batch", pa.array(batch.astype(np.int32))).append_column(
+            "shard", pa.array(shard.astype(np.int32))
+        )
+        keys = table["key"].to_pylist()
+        cost = _cost(table)
+        bounds = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), table.num_rows)
+        pieces = [(int(a), int(b)) for a, b in pairwise(bounds)]
+        digests = [manifest.keys_digest(keys[a:b]) for a, b in pieces]
+        plan_id = digest([PROTOCOL, size, per_shard, digests])[:16]
+        shards = tuple(
+            Shard(
+                plan_id=plan_id,
+                index=i,
+                file=f"{PLANS}/{plan_id}/rows-{i // SHARDS_PER_FILE:05d}.parquet",
+                row_group=i % SHARDS_PER_FILE,
+                num_rows=b - a,
+                keys_digest=digests[i],
+                cost=float(cost[a:b].sum()),
+            )
+            for i, (a, b) in enumerate(pieces)
+        )
+        plan = Plan(
+            plan_id=plan_id,
+            job=self.job.recorded(),
+            settings=self.settings,
+            batch_size=size,
+            batches_per_shard=per_shard,
+            num_rows=table.num_rows,
+            num_batches=num_batches,
+            num_wrong=table.num_rows - int(table["problem"].null_count),
+            keys_digest=digest(digests),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            shards=shards,
+        )
+        first = table.take(pa.array(starts))
+        buckets = [
+            {
+                **{name: first[name][i].as_py() for name in BUCKET},
+                "rows": int(batches[i]),
+                "batches": int(per_bucket[i]),
+            }
+            for i in range(len(starts))
+            if first["height"][i].is_valid
+        ]
+        return plan, table, buckets
+
+
+def _cost(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Relative device work of each row: steps × pixels, twice with guidance."""
+    steps = np.asarray(pc.fill_null(table["num_inference_steps"], 0), dtype=np.float64)
+    pixels = np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 0), dtype=np.float64)
+    guided = np.where(np.asarray(pc.fill_null(table["guidance_scale"], 0.0)) > 1, 2.0, 1.0)
+    return np.asarray(steps * pixels * guided)
+
+
+def _origin(job: Job) -> str:
+    return "source.rows" if job.source.rows is not None else f"source.path {job.source.path}"
+
+
+def _table(chunk: Chunk, rows: list[PlannedRow], used: set[str]) -> pa.Table:
+    columns: dict[str, Any] = {
+        "key": [row.key for row in rows],
+        "id": [row.id for row in rows],
+        **{name: [row.values[i] for row in rows] for i, name in enumerate(ROW_PARAMETERS)},
+        "source_uri": [chunk.uri] * len(rows),
+        "source_row": [chunk.first_row + row.source_index for row in rows],
+        "problem": [row.problem for row in rows],
+    }
+    arrays = [pa.array(columns[f.name], f.type) for f in OWN_FIELDS]
+    fields = list(OWN_FIELDS)
+    taken = set(manifest.SCHEMA.names) | {f.name for f in OWN_FIELDS} | set(LATER_FIELDS)
+    for name, values in chunk.columns.items():
+        if name in used:
+            continue
+        array = _passed_through([values[row.source_index] for row in rows])
+        fields.append(pa.field(f"input.{name}" if name in taken else name, array.type))
+        arrays.append(array)
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def _passed_through(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError):
+        texts = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values]
+        return pa.array([t if t is None else t.encode("utf-8", "replace").decode() for t in texts], pa.string())
+
+
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    if not tables:
+        return pa.schema(OWN_FIELDS).empty_table()
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        # Chunks disagree on the type of a column that passes through: keep it as text.
+        own = {f.name for f in OWN_FIELDS}
+        texts = []
+        for table in tables:
+            for i, name in enumerate(table.column_names):
+                if name not in own and not pa.types.is_string(table[name].type):
+                    values = [None if v is None else json.dumps(v, default=str) for v in table[name].to_pylist()]
+                    table = table.set_column(i, name, pa.array(values, pa.string()))
+            texts.append(table)
+        return pa.concat_tables(texts, promote_options="permissive")
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    # Expensive rows first, so that the end of a run does not wait for one of them; the key makes the order total.
+    order = [("height", "descending"), ("width", "descending"), ("num_inference_steps", "descending")]
+    keys = [*order, ("guidance_scale", "descending"), ("scheduler", "ascending"), ("key", "ascending")]
+    return table.combine_chunks().take(pc.sort_indices(table, sort_keys=keys))
+
+
+def _known_keys(plans: list[Plan], store: Store) -> Iterator[str]:
+    for plan in plans:
+        for file in sorted({shard.file for shard in plan.shards}):
+            data = store.read(file)
+            if data is not None:
+                yield from pq.read_table(io.BytesIO(data), columns=["key"])["key"].to_pylist()
+
+
+def _write_rows(store: Store, plan: Plan, table: pa.Table) -> None:
+    offset = 0
+    for first in range(0, len(plan.shards), SHARDS_PER_FILE):
+        shards = plan.shards[first : first + SHARDS_PER_FILE]
+        buffer = io.BytesIO()
+        with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+            for shard in shards:
+                writer.write_table(table.slice(offset, shard.num_rows), row_group_size=shard.num_rows)
+                offset += shard.num_rows
+        store.write(shards[0].file, buffer.getvalue())

@@ -1,0 +1,97 @@
+"""What a person sees while a run goes on: a live bar on a terminal, a plain line now and then otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from pipelines.planner import Plan, Planned, Shard
+
+LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """A `runner.Listener` that writes to a stream. The ETA goes by work (steps × pixels), not by rows."""
+
+    def __init__(self, stream: TextIO | None = None, now: float | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.num_rows = self.num_failed = self.total_rows = 0
+        self.cost = self.total_cost = 0.0
+        self.begun: float | None = None
+        self.last_line = 0.0
+        self.stopped = False
+
+    def planned(self, planned: Planned, plans: list[tuple[Plan, list[Shard]]]) -> None:
+        shards = [shard for _, todo in plans for shard in todo]
+        self.total_rows = sum(shard.num_rows for shard in shards)
+        self.total_cost = sum(shard.cost for shard in shards) or 1.0
+        done = planned.num_shards - len(shards)
+        twice = f", {planned.num_duplicates} duplicates made once" if planned.num_duplicates else ""
+        self._line(f"planned {planned.num_rows} pictures of {planned.num_source_rows} rows{twice}")
+        if not shards:
+            self._line("nothing is left to do")
+        elif done:
+            self._line(f"{done} of {planned.num_shards} shards are done; {self.total_rows} pictures are left")
+        if shards:
+            self._line("starting Ray and loading the model …")
+
+    def started(self) -> None:
+        self.begun = self.begun or time.monotonic()
+        self._show()
+
+    def progress(self, num_rows: int, num_failed: int, cost: float) -> None:
+        self.num_rows += num_rows
+        self.num_failed += num_failed
+        self.cost += cost
+        self._show()
+
+    def stopping(self) -> None:
+        self.stopped = True
+        self._clear()
+        self._line("stopping: shards in flight are finished first; Ctrl-C again stops at once")
+
+    def done(self) -> None:
+        """Leave the terminal clean."""
+        self._clear()
+
+    def describe(self) -> str:
+        """32/64 pictures · 4.2/s · 1 failed · 8 s left"""
+        seconds = max(1e-9, time.monotonic() - (self.begun or time.monotonic()))
+        words = [f"{self.num_rows}/{self.total_rows} pictures"]
+        if self.num_rows:
+            words.append(f"{self.num_rows / seconds:.1f} rows/s")
+        if self.num_failed:
+            words.append(f"{self.num_failed} failed")
+        if 0 < self.cost < self.total_cost:
+            words.append(f"ETA {_span(seconds * (self.total_cost - self.cost) / self.cost)}")
+        return " · ".join(words)
+
+    def _show(self) -> None:
+        if self.live and not self.stopped:
+            width = 24
+            filled = round(width * self.cost / self.total_cost)
+            bar = "━" * filled + "─" * (width - filled)
+            self.stream.write(f"\r\x1b[K{bar} {self.describe()}")
+            self.stream.flush()
+        elif self.num_rows and (time.monotonic() - self.last_line > LINE_EVERY_S or self.num_rows == self.total_rows):
+            self.last_line = time.monotonic()
+            self._line(self.describe())
+
+    def _clear(self) -> None:
+        if self.live:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+    def _line(self, text: str) -> None:
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+
+def _span(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

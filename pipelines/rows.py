@@ -1,0 +1,301 @@
+"""From columns as a person typed them to rows as a model takes them: defaults, checks, keys, seeds.
+
+A row's key is the sha256 of all that determines its picture; its seed, where none is given, follows from the job's seed
+and the row itself. Neither knows where in the table the row stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ldm_ops.describe import ModelFacts
+from ldm_ops.schedulers import is_flow, scheduler_name
+from pipelines.errors import JobError
+from pipelines.job import ROW_PARAMETERS, Job, digest
+from pipelines.source import Chunk
+from pipelines.weights import Weights
+
+PROTOCOL = 1
+MAX_ID_CHARS = 512
+MAX_PROMPT_CHARS = 100_000
+MAX_EXPANSION = 100_000
+
+
+class Wrong(ValueError):
+    """A value that a row may not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One picture to make, or, with `problem`, one row that cannot be."""
+
+    key: str
+    id: str | None
+    values: tuple[Any, ...]
+    """In the order of ROW_PARAMETERS."""
+    source_index: int
+    problem: str | None = None
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(name: str, limit: int) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if not isinstance(value, str):
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise Wrong(f"{name} is a {type(value).__name__}; expected text")
+            value = str(value)
+        if len(value) > limit:
+            raise Wrong(f"{name} has {len(value)} characters; at most {limit}")
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise Wrong(f"{name} holds half a surrogate pair, which is no text; write it again") from None
+        return str(value)
+
+    return read
+
+
+def _id(value: Any) -> str:
+    text = _text("id", MAX_ID_CHARS)(value)
+    if not text.isprintable():
+        raise Wrong("id holds a control character; use printable text")
+    return text
+
+
+def _number(name: str, low: float, high: float, whole: bool) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            if whole:
+                number: float = int(value) if isinstance(value, (int, str)) and "." not in str(value) else float(value)
+                if number != int(number):
+                    raise ValueError
+                number = int(number)
+            else:
+                number = float(value)
+        except (ValueError, TypeError, OverflowError):
+            shown = str(value)[:40]
+            raise Wrong(f"{name} {shown!r} is not a {'whole ' if whole else ''}number") from None
+        if not low <= number <= high:
+            raise Wrong(
+                f"{name} {number} is out of range; {low:g} to {high:g}"
+                if high < 2**62
+                else f"{name} {number} is out of range; 0 to 2^63 - 1"
+            )
+        return number
+
+    return read
+
+
+def _size(name: str, multiple: int) -> Callable[[Any], int]:
+    number = _number(name, multiple, 16384, whole=True)
+
+    def read(value: Any) -> int:
+        size = int(number(value))
+        if size % multiple:
+            below = size // multiple * multiple
+            raise Wrong(
+                f"{name} {size} is not a multiple of {multiple}; use {max(multiple, below)} or {below + multiple}"
+            )
+        return size
+
+    return read
+
+
+def _scheduler(facts: ModelFacts) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        try:
+            name = scheduler_name(str(value))
+        except ValueError as error:
+            raise Wrong(str(error)) from None
+        if is_flow(name) != facts.flow_matching:
+            other = "flow-matching" if facts.flow_matching else "diffusion"
+            raise Wrong(f"scheduler {name} does not fit {facts.pipeline}, a {other} model; leave it out for its own")
+        return name
+
+    return read
+
+
+class Resolver:
+    """Everything about a job that turns a chunk of its table into planned rows."""
+
+    def __init__(self, job: Job, weights: Weights, facts: ModelFacts) -> None:
+        stage, source = job.stage, job.source
+        self.job = job
+        self.readers: dict[str, Callable[[Any], Any]] = {
+            "prompt": _text("prompt", MAX_PROMPT_CHARS),
+            "negative_prompt": _text("negative_prompt", MAX_PROMPT_CHARS),
+            "seed": _number("seed", 0, 2**63 - 1, whole=True),
+            "height": _size("height", facts.size_multiple),
+            "width": _size("width", facts.size_multiple),
+            "num_inference_steps": _number("num_inference_steps", 1, 1000, whole=True),
+            "guidance_scale": _number("guidance_scale", 0, 100, whole=False),
+            "scheduler": _scheduler(facts),
+        }
+        self.defaults: dict[str, Any] = {
+            "prompt": None,
+            "negative_prompt": stage.negative_prompt,
+            "seed": None,
+            "height": stage.height or facts.default_height,
+            "width": stage.width or facts.default_width,
+            "num_inference_steps": stage.num_inference_steps,
+            "guidance_scale": stage.guidance_scale,
+            "scheduler": stage.scheduler or facts.scheduler,
+        }
+        for name in ("height", "width", "scheduler"):
+            if getattr(stage, name) is not None:
+                self._of_job(f"stages.0.{name}", name, self.defaults[name])
+        self.axes: list[tuple[str, list[Any]]] = [
+            (name, [self._of_job(f"source.matrix.{name}", name, value) for value in values])
+            for name, values in source.matrix.items()
+        ]
+        self.images = stage.num_images_per_prompt
+        combinations = math.prod(len(values) for _, values in self.axes) * self.images
+        if combinations > MAX_EXPANSION:
+            raise JobError(
+                f"source.matrix × num_images_per_prompt makes {combinations} pictures of each row; at most "
+                f"{MAX_EXPANSION}"
+            )
+        self.combinations = [
+            {name: value for (name, _), value in zip(self.axes, values, strict=True)}
+            for values in product(*(values for _, values in self.axes))
+        ]
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+        self.templates: dict[str, Template] = {}
+        for field, text in source.templates.items():
+            try:
+                self.templates[field] = environment.from_string(text)
+            except TemplateError as error:
+                raise JobError(f"source.templates.{field}: {error}; see Jinja's syntax") from None
+        self.fixed = digest(
+            {
+                "protocol": PROTOCOL,
+                "op": stage.op,
+                "revision": weights.revision,
+                "variant": stage.variant,
+                "dtype": stage.dtype,
+                "safety_checker": stage.safety_checker,
+                "save_intermediates": stage.save_intermediates,
+                "format": job.sink.format,
+                "quality": job.sink.quality if job.sink.format == "jpeg" else None,
+            }
+        )
+        self._cache: dict[str, dict[Any, tuple[Any, str | None]]] = {name: {} for name in self.readers}
+
+    def _of_job(self, where: str, name: str, value: Any) -> Any:
+        try:
+            return self.readers[name](value)
+        except Wrong as error:
+            raise JobError(f"{where}: {error}") from None
+
+    def column(self, name: str) -> str:
+        """The table's name of our column."""
+        return self.job.source.columns.get(name, name)  # type: ignore[call-overload,no-any-return]
+
+    def check_columns(self, chunk: Chunk) -> None:
+        """Refuse a table that lacks what every row needs.
+
+        Raises:
+            JobError: no prompt, a mapped column that is not there, or a column that a matrix axis would override.
+        """
+        there = ", ".join(repr(name) for name in list(chunk.columns)[:12]) or "none"
+        for ours, theirs in self.job.source.columns.items():
+            if theirs not in chunk.columns:
+                raise JobError(f"{chunk.uri}: source.columns.{ours}: no column {theirs!r}; the table has {there}")
+        if "prompt" not in self.templates and self.column("prompt") not in chunk.columns:
+            raise JobError(
+                f"{chunk.uri}: no column 'prompt'; the table has {there}; name it with source.columns: {{prompt: …}}"
+            )
+        for name, _ in self.axes:
+            if self.column(name) in chunk.columns:
+                raise JobError(f"{chunk.uri}: {name} is a column and an axis of source.matrix; keep one")
+
+    def used_columns(self) -> set[str]:
+        """The table's columns that become parameters; all others pass through."""
+        return {self.column(name) for name in ("id", *ROW_PARAMETERS)}
+
+    def rows(self, chunk: Chunk) -> Iterator[PlannedRow]:
+        """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
+        self.check_columns(chunk)
+        raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *ROW_PARAMETERS)}
+        for i in range(chunk.num_rows):
+            try:
+                row_id = None if raw["id"] is None or _missing(raw["id"][i]) else _id(raw["id"][i])
+                values = [self._value(name, raw[name], i) for name in ROW_PARAMETERS]
+                for field, template in self.templates.items():
+                    values[ROW_PARAMETERS.index(field)] = self._render(field, template, chunk, i)
+                if values[0] is None or not values[0].strip():
+                    raise Wrong("prompt is empty")
+            except Wrong as error:
+                everything = json.dumps([chunk.columns[name][i] for name in sorted(chunk.columns)], default=str)
+                key = hashlib.sha256(f"wrong\0{self.fixed}\0{everything}".encode("utf-8", "replace")).hexdigest()[:32]
+                yield PlannedRow(key, None, (None,) * len(ROW_PARAMETERS), i, str(error))
+                continue
+            yield from self._expand(row_id, values, i)
+
+    def _value(self, name: str, column: list[Any] | None, i: int) -> Any:
+        value = None if column is None else column[i]
+        if _missing(value):
+            return self.defaults[name]
+        cache = self._cache[name]
+        if name == "prompt" or not isinstance(value, (str, int, float)):
+            return self.readers[name](value)
+        found = cache.get((type(value), value))
+        if found is None:
+            try:
+                found = (self.readers[name](value), None)
+            except Wrong as error:
+                found = (None, str(error))
+            if len(cache) < 100_000:
+                cache[(type(value), value)] = found
+        if found[1] is not None:
+            raise Wrong(found[1])
+        return found[0]
+
+    def _render(self, field: str, template: Template, chunk: Chunk, i: int) -> str:
+        try:
+            text = template.render({name: column[i] for name, column in chunk.columns.items()})
+        except UndefinedError as error:
+            raise Wrong(f"template {field}: {error}; the table has {', '.join(chunk.columns)}") from None
+        except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError) as error:
+            raise Wrong(f"template {field}: {error}") from None
+        return str(self.readers[field](text))
+
+    def _expand(self, row_id: str | None, values: list[Any], i: int) -> Iterator[PlannedRow]:
+        several = len(self.combinations) * self.images > 1
+        n = 0
+        for combination in self.combinations:
+            for image in range(self.images):
+                made = list(values)
+                for name, value in combination.items():
+                    made[ROW_PARAMETERS.index(name)] = value
+                seed = made[2]
+                # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
+                made[2] = (
+                    derived_seed(self.job.seed, row_id or made[0], image) if seed is None else (seed + image) % 2**63
+                )
+                own_id = f"{row_id}#{n}" if several and row_id is not None else row_id
+                n += 1
+                text = json.dumps([self.fixed, own_id, *made], ensure_ascii=False, separators=(",", ":"))
+                key = hashlib.sha256(text.encode()).hexdigest()[:32]
+                yield PlannedRow(key, own_id, tuple(made), i)
+
+
+def derived_seed(job_seed: int, identity: str, image: int) -> int:
+    """63 bits from the job's seed, a row's id (else its prompt) and the number of its picture."""
+    text = f"{job_seed}\0{identity}\0{image}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

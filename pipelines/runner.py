@@ -1,0 +1,382 @@
+"""Run: do what is left of a plan. The file to read first.
+
+planned shards − committed shards → load the rows (CPU) → the stage's workers → files and part (CPU) → receipts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+
+from pipelines import heartbeat, manifest
+from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
+from pipelines.errors import (
+    EXIT_DEAD_LETTERS,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    LdmError,
+    NotWhole,
+    RunFailed,
+)
+from pipelines.job import Job
+from pipelines.planner import Plan, Planned, Shard, plan, read_plans, read_shard
+from pipelines.sink import ShardWriter
+from pipelines.storage import Store
+from pipelines.worker import Worker
+
+if TYPE_CHECKING:
+    import ray.data
+
+RESTARTS, RETRIES = 4, 4
+CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the first computes
+
+
+@dataclass
+class Totals:
+    """What the manifest says of all plans of an output. `digest` is over (key, sha256), whatever the order."""
+
+    num_planned: int = 0
+    num_ok: int = 0
+    num_failed: int = 0
+    num_filtered: int = 0
+    num_bytes: int = 0
+    num_shards: int = 0
+    num_shards_done: int = 0
+    digest: str = ""
+    failures: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_done(self) -> int:
+        return self.num_ok + self.num_failed + self.num_filtered
+
+
+@dataclass
+class Summary:
+    """How a run ended. `rows_per_s` is over the rows of this run, from the first receipt's work on."""
+
+    run_id: str
+    output: str
+    exit_code: int
+    num_duplicates: int
+    num_new_rows: int
+    duration_s: float
+    rows_per_s: float
+    first_error: str | None
+    totals: Totals
+
+
+class Listener(Protocol):
+    """What a run tells while it goes on; all numbers count from the start of this run."""
+
+    def planned(self, planned: Planned, plans: list[tuple[Plan, list[Shard]]]) -> None: ...
+
+    def started(self) -> None: ...
+
+    def progress(self, num_rows: int, num_failed: int, cost: float) -> None: ...
+
+    def stopping(self) -> None: ...
+
+
+def run(
+    job: Job,
+    limit: int | None = None,
+    extend: bool = False,
+    join: bool = False,
+    takeover: bool = False,
+    address: str | None = None,
+    listener: Listener | None = None,
+) -> Summary:
+    """Plan, do what is left, count.
+
+    Raises:
+        LdmError: any of its kinds; whatever was committed before stays, and the same call does the rest.
+    """
+    store = Store(job.sink.path, job.sink.storage_options)
+    store.probe()
+    run_id = heartbeat.new_run_id()
+    with heartbeat.Heartbeat(store, run_id):
+        heartbeat.refuse_if_alive(store, run_id, join, takeover)
+        try:
+            summary = _run(job, store, run_id, plan(job, limit, extend), address, listener)
+        except BaseException as error:
+            _end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
+            raise
+        _end(store, run_id, asdict(summary))
+    return summary
+
+
+def _run(
+    job: Job, store: Store, run_id: str, planned: Planned, address: str | None, listener: Listener | None
+) -> Summary:
+    todo = [(p, todo) for p in planned.plans if (todo := unfinished(store, p))]
+    if listener:
+        listener.planned(planned, todo)
+    start = time.monotonic()
+    receipts: list[dict[str, Any]] = []
+    code = EXIT_OK
+    if todo:
+        store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
+        with stop_on_signals(store, run_id, listener) as stopped, ray_cluster(address):
+            pool = fit(job.stage)
+            for one, shards in todo:
+                if stopped:
+                    break
+                receipts.extend(_execute(job, store, run_id, planned, one, shards, pool, listener))
+            code = stopped[0] if stopped else EXIT_OK
+    totals = count(store, planned.plans)
+    if code == EXIT_OK:
+        write_success(store, totals)
+        code = EXIT_DEAD_LETTERS if totals.num_failed else EXIT_OK
+    rows = sum(r["num_ok"] + r["num_failed"] + r["num_filtered"] for r in receipts)
+    duration = time.monotonic() - start
+    return Summary(
+        run_id=run_id,
+        output=store.url,
+        exit_code=code,
+        num_duplicates=planned.num_duplicates,
+        num_new_rows=rows,
+        duration_s=round(duration, 3),
+        rows_per_s=round(rows / duration, 3) if rows else 0.0,
+        first_error=next((r["first_error"] for r in receipts if r["first_error"]), None),
+        totals=totals,
+    )
+
+
+def _execute(
+    job: Job,
+    store: Store,
+    run_id: str,
+    planned: Planned,
+    plan: Plan,
+    todo: list[Shard],
+    pool: Fit,
+    listener: Listener | None,
+) -> Iterator[dict[str, Any]]:
+    stage = Job.model_validate(plan.job).stage
+    receipts = dataset(
+        store,
+        plan,
+        todo,
+        pool,
+        workers=min(job.stage.workers, len(todo)),
+        worker=(
+            stage.bare(),
+            planned.weights,
+            plan.batch_size,
+            stage.op,
+            pool.threads,
+            store,
+            heartbeat.stop_path(run_id),
+        ),
+        writer=ShardWriter(
+            store,
+            plan.plan_id,
+            job.sink.format,
+            job.sink.quality,
+            run_id,
+            planned.weights.name,
+            planned.weights.revision,
+        ),
+    )
+    if listener:
+        listener.started()
+    cost = {shard.index: shard.cost for shard in todo}
+    try:
+        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for receipt in batch.to_pylist():
+                yield receipt
+                if listener:
+                    rows = receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
+                    listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
+    except Exception as error:
+        raise plain_error(error) from error
+
+
+def dataset(
+    store: Store, plan: Plan, todo: list[Shard], pool: Fit, workers: int, worker: tuple[Any, ...], writer: ShardWriter
+) -> ray.data.Dataset:
+    """The whole pipeline, lazily; one shard is one block from end to end."""
+    import ray.data
+
+    name = worker[3]
+
+    def load_shard(ids: pa.Table) -> pa.Table:
+        return read_shard(store, todo[ids["id"][0].as_py()])
+
+    # A class of its own per op, or Ray's dashboard calls every stage by the same name.
+    worker_class = type(name.title(), (Worker,), {})
+    shards = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
+        load_shard, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    with warnings.catch_warnings():
+        # Ray's default restarts a worker for ever; the finite limits have no named parameter yet (Ray 2.60).
+        warnings.simplefilter("ignore")
+        made = shards.map_batches(
+            worker_class,
+            fn_constructor_args=worker,
+            batch_size=None,
+            batch_format="pyarrow",
+            # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
+            compute=ray.data.ActorPoolStrategy(
+                size=workers,
+                max_tasks_in_flight_per_actor=CALLS_PER_WORKER,
+                max_concurrent_calls_per_actor=CALLS_PER_WORKER,
+            ),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            max_restarts=RESTARTS,
+            max_task_retries=RETRIES,
+        )
+    return made.map_batches(writer, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+
+
+def unfinished(store: Store, plan: Plan) -> list[Shard]:
+    """The plan's shards that have no part yet, most expensive first."""
+    done = manifest.committed_shards(store, plan.plan_id)
+    return [shard for shard in plan.shards if shard.index not in done]
+
+
+def count(store: Store, plans: list[Plan]) -> Totals:
+    """Count what every part says, and hold it against the plans.
+
+    Raises:
+        NotWhole: a part that no plan knows, or one whose rows are not the planned ones.
+    """
+    totals = Totals(num_planned=sum(p.num_rows for p in plans), num_shards=sum(len(p.shards) for p in plans))
+    lines: list[str] = []
+    import pyarrow.parquet as pq
+
+    for one in plans:
+        wanted = {manifest.part_path(one.plan_id, shard.index): shard for shard in one.shards}
+        there = [name for name in store.list(f"{manifest.FOLDER}/{one.plan_id}") if name.endswith(".parquet")]
+        for path, head, part in manifest.read_parts(store, there):
+            shard = wanted.get(path)
+            if shard is None or head.keys_digest != shard.keys_digest:
+                raise NotWhole(
+                    f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again"
+                )
+            table = pq.read_table(pa.BufferReader(part), columns=["key", "sha256", "status", "num_bytes", "error_type"])
+            for key, sha256, status, size, error_type in zip(
+                *(table[n].to_pylist() for n in table.column_names), strict=True
+            ):
+                lines.append(f"{key} {sha256 or status}")
+                totals.num_bytes += size or 0
+                if status == "failed":
+                    totals.failures[error_type] = totals.failures.get(error_type, 0) + 1
+            totals.num_ok += head.num_ok
+            totals.num_failed += head.num_failed
+            totals.num_filtered += head.num_filtered
+            totals.num_shards_done += 1
+    totals.digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return totals
+
+
+def write_success(store: Store, totals: Totals) -> None:
+    """Mark the output as whole.
+
+    Raises:
+        NotWhole: planned rows and manifest rows do not agree.
+    """
+    if totals.num_done != totals.num_planned or totals.num_shards_done != totals.num_shards:
+        raise NotWhole(
+            f"{store.url}: {totals.num_planned} rows planned, {totals.num_done} in the manifest "
+            f"({totals.num_shards_done} of {totals.num_shards} shards); run the same command again"
+        )
+    body = json.dumps(
+        asdict(totals) | {"finished_at": datetime.now(UTC).isoformat(timespec="seconds")}, indent=1
+    ).encode()
+    if store.read("_SUCCESS") is None or json.loads(store.read("_SUCCESS") or b"{}").get("digest") != totals.digest:
+        store.write("_SUCCESS", body)
+
+
+def status(output: str, storage_options: dict[str, Any] | None = None) -> tuple[Totals, list[dict[str, Any]]]:
+    """Totals of an output and the last word of each of its runs, from the files alone.
+
+    Raises:
+        NotWhole: no plan is there, or a part is not whole.
+    """
+    store = Store(output, storage_options)
+    plans = read_plans(store)
+    if not plans:
+        raise NotWhole(
+            f"{output} holds no plan of ldm-batch; check the path, or make one with `ldm-batch run JOB.yaml`"
+        )
+    runs = []
+    listing = store.list(heartbeat.RUNS)
+    for path in sorted(name for name in listing if name.endswith("/heartbeat.json")):
+        folder = path.removesuffix("/heartbeat.json")
+        ended = store.read(f"{folder}/ended.json")
+        runs.append({"run_id": folder.rpartition("/")[2], "ended": json.loads(ended) if ended else None})
+    return count(store, plans), runs
+
+
+@contextmanager
+def stop_on_signals(store: Store, run_id: str, listener: Listener | None) -> Iterator[list[int]]:
+    """First Ctrl-C or SIGTERM: shards in flight are finished, no others begun. Second: out at once.
+
+    Yields a list that holds the exit code once a stop was asked.
+    """
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        import os
+
+        if stopped:
+            os._exit(stopped[0])
+        stopped.append(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
+        if listener:
+            listener.stopping()
+        # Not in the handler: a store's client must not be entered twice by one thread.
+        threading.Thread(target=lambda: heartbeat.ask_to_stop(Store(store.url, store.storage_options), run_id)).start()
+
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def plain_error(error: BaseException) -> LdmError:
+    """The one of ours inside what Ray raised, else RunFailed with the innermost message."""
+    seen: list[BaseException] = []
+    here: BaseException | None = error
+    while here is not None and here not in seen:
+        seen.append(here)
+        if isinstance(here, LdmError):
+            return here
+        here = getattr(here, "cause", None) or here.__cause__ or here.__context__
+    inner = seen[-1]
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return RunFailed(
+        f"{type(inner).__name__}: {lines[-1] if lines else inner}; what is committed stays, run the same command again"
+    )
+
+
+def _environment() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    packages = ("ldm-batch", "ray", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
+    return {"python": platform.python_version(), "platform": platform.platform(), **{p: version(p) for p in packages}}
+
+
+def _end(store: Store, run_id: str, body: dict[str, Any]) -> None:
+    store.write(f"{heartbeat.RUNS}/{run_id}/ended.json", json.dumps(body, default=str).encode())

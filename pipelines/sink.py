@@ -1,0 +1,130 @@
+"""Put a finished shard into the output: its files, then its part, which makes it so."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+from safetensors.numpy import save as save_safetensors
+
+from pipelines import manifest
+from pipelines.blocks import RESULT_FIELDS, unpack
+from pipelines.commit import commit
+from pipelines.images import EXTENSIONS, Format, encode
+from pipelines.storage import Store
+
+PUTS_IN_FLIGHT = 16
+
+RECEIPT = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("num_ok", pa.int64()),
+        ("num_failed", pa.int64()),
+        ("num_filtered", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("outcome", pa.string()),
+        ("first_error", pa.string()),
+    ]
+)
+"""What the driver hears of a committed shard. `outcome`: mine, or theirs where another run was first."""
+
+_INTERNAL = {"problem", "batch", "image", "intermediates"}
+
+
+class ShardWriter:
+    """Callable on one finished shard; safe to repeat, by anyone, at any time."""
+
+    def __init__(
+        self, store: Store, plan_id: str, format: Format, quality: int, run_id: str, model: str, revision: str
+    ) -> None:
+        self.store = store
+        self.plan_id = plan_id
+        self.format: Format = format
+        self.quality = quality
+        self.constants = {"run_id": run_id, "model": model, "model_revision": revision}
+
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        if shard.num_rows == 0:
+            return RECEIPT.empty_table()
+        rows = shard.to_pylist()
+        index = rows[0]["shard"]
+        puts: list[tuple[str, bytes]] = []
+        records = [self._record(row, index, puts.append) for row in rows]
+        with ThreadPoolExecutor(PUTS_IN_FLIGHT) as pool:
+            list(pool.map(lambda put: self.store.write(*put), puts))
+        counts = {s: sum(r["status"] == s for r in records) for s in ("ok", "failed", "filtered")}
+        head = manifest.PartHead(
+            plan_id=self.plan_id,
+            shard=index,
+            attempt=uuid.uuid4().hex,
+            num_rows=len(records),
+            num_ok=counts["ok"],
+            num_failed=counts["failed"],
+            num_filtered=counts["filtered"],
+            keys_digest=manifest.keys_digest(record["key"] for record in records),
+        )
+        part = manifest.part_bytes(self._table(shard, records), head)
+        outcome = commit(self.store, manifest.part_path(self.plan_id, index), part, head.attempt, manifest.attempt_of)
+        errors = [f"{r['error_type']}: {r['error_message']}" for r in records if r["status"] == "failed"]
+        receipt = {
+            "shard": index,
+            **{f"num_{status}": count for status, count in counts.items()},
+            "num_bytes": len(part) + sum(len(data) for _, data in puts),
+            "outcome": outcome,
+            "first_error": errors[0] if errors else None,
+        }
+        return pa.Table.from_pylist([receipt], schema=RECEIPT)
+
+    def _record(self, row: dict[str, Any], index: int, put: Callable[[tuple[str, bytes]], None]) -> dict[str, Any]:
+        record = {name: value for name, value in row.items() if name not in _INTERNAL}
+        record |= self.constants | {"attempt": 1, "created_at": datetime.fromtimestamp(time.time(), UTC)}
+        kept = []
+        if row["image"] is not None:
+            pixels = unpack(row["image"])
+            data = encode(pixels, self.format, self.quality)
+            uri, sha256 = self._name("images", index, row["key"], data, EXTENSIONS[self.format])
+            put((uri, data))
+            height, width = pixels.shape[:2]
+            record |= {
+                "uri": uri,
+                "sha256": sha256,
+                "num_bytes": len(data),
+                "format": self.format,
+                "width": width,
+                "height": height,
+            }
+            for step in row["intermediates"] or ():
+                files = {
+                    "latents": (save_safetensors({"latents": unpack(step["latents"])}), "safetensors"),
+                    "preview": (encode(unpack(step["preview"]), "png"), "png"),
+                }
+                for kind, (body, extension) in files.items():
+                    uri, sha256 = self._name(
+                        "intermediates", index, f"{row['key']}-{step['step']:04d}", body, extension
+                    )
+                    put((uri, body))
+                    kept.append(
+                        {"step": step["step"], "kind": kind, "uri": uri, "sha256": sha256, "num_bytes": len(body)}
+                    )
+        record["intermediates"] = kept
+        return record
+
+    def _name(self, folder: str, index: int, stem: str, data: bytes, extension: str) -> tuple[str, str]:
+        # Other content, other name: nothing that a part names can ever change under it.
+        sha256 = hashlib.sha256(data).hexdigest()
+        return f"{folder}/{index:06d}/{stem}-{sha256[:12]}.{extension}", sha256
+
+    def _table(self, shard: pa.Table, records: list[dict[str, Any]]) -> pa.Table:
+        own = set(manifest.SCHEMA.names) | _INTERNAL | {field.name for field in RESULT_FIELDS}
+        passed = [shard.schema.field(name) for name in shard.column_names if name not in own]
+        columns = {
+            **{f.name: pa.array([record.get(f.name) for record in records], f.type) for f in manifest.SCHEMA},
+            **{f.name: shard[f.name] for f in passed},
+        }
+        return pa.Table.from_pydict(columns, schema=pa.schema([*manifest.SCHEMA, *passed]))

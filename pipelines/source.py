@@ -1,0 +1,171 @@
+"""Read a table of rows, whatever its format, as chunks of columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import fsspec
+
+from pipelines.errors import JobError, StorageError
+from pipelines.job import Source
+from pipelines.storage import Store, expand, is_local
+
+CHUNK_ROWS = 20_000
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+MAX_FIELD_CHARS = 1 << 20
+
+
+@dataclass
+class Chunk:
+    """Some consecutive rows as equally long columns. `first_row` counts from 1, without a header."""
+
+    uri: str
+    first_row: int
+    num_rows: int
+    columns: dict[str, list[Any]]
+
+
+def read_source(source: Source) -> Iterator[Chunk]:
+    """Every chunk of every file of `source`, in a fixed order.
+
+    Raises:
+        JobError: no such file, an unknown format, or a file that is not what its ending says.
+    """
+    if source.rows is not None:
+        rows = [{"prompt": row} if isinstance(row, str) else row for row in source.rows]
+        if not rows:
+            raise JobError("source.rows is empty; write at least one prompt")
+        yield from _chunks("rows", rows)
+        return
+    paths = [source.path] if isinstance(source.path, str) else source.path or []
+    if not paths:
+        raise JobError("source.path is an empty list; name at least one file")
+    files = []
+    for path in paths:
+        found = list(expand(path, source.storage_options))
+        if not found:
+            raise JobError(f"source.path {path}: no file matches; check the pattern")
+        files += found
+    for uri in files:
+        yield from _read_file(uri, source)
+
+
+def _read_file(uri: str, source: Source) -> Iterator[Chunk]:
+    kind = source.format
+    if kind == "auto":
+        # A compressed table keeps its own ending: prompts.csv.gz.
+        suffixes = [s for s in PurePosixPath(uri).suffixes if s not in (".gz", ".bz2", ".xz", ".zst")]
+        suffix = suffixes[-1].lower() if suffixes else ""
+        if suffix not in FORMATS:
+            raise JobError(
+                f"source.path {uri}: unknown ending {suffix!r}; one of {', '.join(FORMATS)}, or set source.format"
+            )
+        kind = FORMATS[suffix]  # type: ignore[assignment]
+    options = {} if is_local(uri) else Store(uri, source.storage_options).filesystem.storage_options
+    try:
+        if kind == "parquet":
+            yield from _parquet(uri, options)
+            return
+        with fsspec.open(uri, "rb", compression="infer", **options) as raw:
+            yield from _text_formats(uri, str(kind), raw)
+    except FileNotFoundError:
+        raise JobError(f"source.path {uri}: no such file") from None
+    except IsADirectoryError:
+        raise JobError(f"source.path {uri} is a folder; name a file, or a pattern such as {uri}/*.csv") from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{uri}: not UTF-8 (byte {error.object[error.start]:#04x}); save the table as UTF-8") from None
+    except PermissionError:
+        raise JobError(f"source.path {uri}: not allowed to read it; check its permissions or the credentials") from None
+    except (OSError, StorageError) as error:
+        raise JobError(f"source.path {uri}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _text_formats(uri: str, kind: str, raw: IO[bytes]) -> Iterator[Chunk]:
+    text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    if kind == "text":
+        lines = (line.strip() for line in text)
+        yield from _chunks(uri, ({"prompt": line} for line in lines if line))
+    elif kind == "jsonl":
+        yield from _chunks(uri, _json_lines(uri, text))
+    else:
+        yield from _csv(uri, text, "," if kind == "csv" else "\t")
+
+
+def _csv(uri: str, text: Iterable[str], delimiter: str) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_FIELD_CHARS)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if not header:
+            raise JobError(f"{uri}: the table is empty; the first line must name the columns")
+        names = [name.strip() for name in header]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise JobError(f"{uri}: column {twice[0]!r} stands twice in the header; rename one")
+        first = 1
+        filled = (row for row in reader if row)
+        while rows := list(islice(filled, CHUNK_ROWS)):
+            for i, row in enumerate(rows):
+                if len(row) > len(names):
+                    raise JobError(
+                        f"{uri} row {first + i}: {len(row)} fields, the header has {len(names)}; "
+                        "put quotes around text that holds the separator"
+                    )
+                if len(row) < len(names):
+                    row.extend([""] * (len(names) - len(row)))
+            yield Chunk(uri, first, len(rows), dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+            first += len(rows)
+    except csv.Error as error:
+        raise JobError(f"{uri} line {reader.line_num}: {error}; check the quotes") from None
+
+
+def _json_lines(uri: str, text: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise JobError(f"{uri} line {number}: not valid JSON ({error}); one object a line") from None
+        if not isinstance(value, dict):
+            raise JobError(f"{uri} line {number}: a {type(value).__name__}, not an object; one object a line")
+        yield value
+
+
+def _parquet(uri: str, options: dict[str, Any]) -> Iterator[Chunk]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with fsspec.open(uri, "rb", **options) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise JobError(f"{uri}: not a Parquet file ({str(error).splitlines()[0]})") from None
+        first = 1
+        for batch in parquet.iter_batches(batch_size=CHUNK_ROWS):
+            yield Chunk(uri, first, batch.num_rows, batch.to_pydict())
+            first += batch.num_rows
+
+
+def _chunks(uri: str, rows: Iterable[dict[str, Any]]) -> Iterator[Chunk]:
+    stream = iter(rows)
+    first = 1
+    while block := list(islice(stream, CHUNK_ROWS)):
+        names = list(dict.fromkeys(name for row in block for name in row))
+        yield Chunk(uri, first, len(block), {name: [row.get(name) for row in block] for name in names})
+        first += len(block)

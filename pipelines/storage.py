@@ -1,0 +1,288 @@
+"""A folder on a disk or under any fsspec URL, as the few operations that the protocol needs.
+
+Local: a sibling file, fsync, then a link (create) or rename (write), and fsync of the folder. S3: one request per
+object, `If-None-Match: *` for create, through s3fs. Anything else fsspec reaches: create checks first, which is not
+atomic, and need not be (see `commit`).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+import stamina
+
+from pipelines.errors import StorageError
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
+ATTEMPTS = 6
+PATIENCE_S = 60.0
+
+
+class Exists(Exception):
+    """A store says that the object is there already; not proof that somebody else wrote it."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """One listed object."""
+
+    num_bytes: int
+    modified_s: float
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+class Store:
+    """One output or input root. Paths are relative, with `/`. Picklable: every process opens its own connection."""
+
+    def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
+        self.url = url.rstrip("/") if not is_local(url) else url.removeprefix("file://")
+        self.storage_options = dict(storage_options or {})
+        self._fs: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "storage_options": self.storage_options, "_fs": None}
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, where the store is one on this machine."""
+        return Path(self.url) if is_local(self.url) else None
+
+    def uri(self, path: str) -> str:
+        return f"{self.url}/{path}"
+
+    def read(self, path: str) -> bytes | None:
+        """The whole object, or None where there is none."""
+
+        def get() -> bytes | None:
+            try:
+                if (root := self.local) is not None:
+                    return (root / path).read_bytes()
+                return bytes(self.filesystem.cat_file(self.uri(path)))
+            except FileNotFoundError:
+                return None
+
+        return self._patiently(get)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put a whole object, replacing what is there. Only for names that follow from the content, and for hints."""
+        if (root := self.local) is not None:
+            with self._sibling(root / path, data) as written:
+                written.replace(root / path)
+            _fsync_folder((root / path).parent)
+            return
+        self._patiently(lambda: self.filesystem.pipe_file(self.uri(path), data))
+
+    def create(self, path: str, data: bytes) -> None:
+        """Put a whole object only where there is none: one request, no retry.
+
+        Raises:
+            Exists: the store says so. It may be wrong, and it may be our own earlier try.
+            OSError: anything may have happened; read it back.
+            StorageError: refused for good (credentials, permission, no such bucket).
+        """
+        if (root := self.local) is not None:
+            try:
+                with self._sibling(root / path, data) as written:
+                    os.link(written, root / path)
+            except FileExistsError:
+                raise Exists(path) from None
+            _fsync_folder((root / path).parent)
+            return
+        try:
+            if self.url.startswith("s3://"):
+                self.filesystem.pipe_file(self.uri(path), data, mode="create")
+            elif self.filesystem.exists(self.uri(path)):
+                raise Exists(path)
+            else:
+                self.filesystem.pipe_file(self.uri(path), data)
+        except FileExistsError:
+            raise Exists(path) from None
+        except Exists:
+            raise
+        except Exception as error:
+            refusal = self._refusal(error)
+            if refusal is not None:
+                raise refusal from None
+            raise OSError(f"{self.uri(path)}: {error}") from error
+
+    def list(self, prefix: str) -> dict[str, Info]:
+        """Everything under a folder: relative path → size and time."""
+
+        def ls() -> dict[str, Info]:
+            if (root := self.local) is not None:
+                return {
+                    str(p.relative_to(root)): Info(p.stat().st_size, p.stat().st_mtime)
+                    for p in (root / prefix).rglob("*")
+                    if p.is_file() and not p.name.startswith(".tmp-")
+                }
+            cut = len(self.filesystem._strip_protocol(self.url)) + 1
+            found = self.filesystem.find(self.uri(prefix), detail=True)
+            return {name[cut:]: Info(int(i["size"]), _timestamp(i)) for name, i in found.items()}
+
+        return self._patiently(ls)
+
+    def delete(self, path: str) -> None:
+        """Remove one object if it is there. Never for what a part may name."""
+        if (root := self.local) is not None:
+            (root / path).unlink(missing_ok=True)
+        elif self.read(path) is not None:
+            self._patiently(lambda: self.filesystem.rm_file(self.uri(path)))
+
+    def probe(self) -> None:
+        """Find out now, not after an hour of GPU time, whether this store takes a write.
+
+        Raises:
+            StorageError: it does not, with what to do.
+        """
+        path = f"_ldm/probe/{uuid.uuid4().hex}"
+        self.write(path, b"ldm-batch checks that it may write here\n")
+        self.delete(path)
+
+    @property
+    def filesystem(self) -> Any:
+        """The fsspec filesystem, with the clients' stacked retries (5 × 5) turned down to ours."""
+        if self._fs is None:
+            protocol = urlsplit(self.url).scheme
+            options = dict(self.storage_options)
+            if protocol == "s3":
+                config = {
+                    "connect_timeout": CONNECT_TIMEOUT_S,
+                    "read_timeout": READ_TIMEOUT_S,
+                    "retries": {"total_max_attempts": 1},
+                    **options.pop("config_kwargs", {}),
+                }
+                options = {"config_kwargs": config, "use_listings_cache": False, **options}
+            try:
+                self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+            except (ImportError, ValueError) as error:
+                raise StorageError(f"{self.url}: {error}; use a path, s3://… or another fsspec URL") from None
+            if protocol == "s3":
+                self._fs.retries = 1
+        return self._fs
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Run with retries; what the store refuses for good is a StorageError at once."""
+        last: BaseException | None = None
+        try:
+            for attempt in stamina.retry_context(
+                on=_Again, attempts=ATTEMPTS, timeout=PATIENCE_S, wait_initial=0.1, wait_max=10, wait_jitter=0.5
+            ):
+                with attempt:
+                    try:
+                        return action()
+                    except StorageError:
+                        raise
+                    except Exception as error:
+                        refusal = self._refusal(error)
+                        if refusal is not None:
+                            raise refusal from None
+                        last = error
+                        raise _Again from error
+        except _Again:
+            pass
+        raise StorageError(f"{self.url}: no answer after {ATTEMPTS} tries ({last}); check the endpoint and the network")
+
+    def _refusal(self, error: BaseException) -> StorageError | None:
+        """A StorageError where trying again cannot help."""
+        text = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
+        name = type(error).__name__
+        if self.local is not None:
+            return StorageError(f"{self.url}: {text}; choose a folder that you may write to, with room on its disk")
+        code = ""
+        cause: BaseException | None = error
+        while cause is not None and not code:
+            response = getattr(cause, "response", None)
+            code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+            cause = cause.__cause__ or cause.__context__
+        if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"):
+            return StorageError(
+                f"{self.url}: {text}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or storage_options"
+            )
+        if isinstance(error, PermissionError) or code in ("403", "AccessDenied", "ExpiredToken"):
+            return StorageError(
+                f"{self.url}: the store refuses these credentials ({code or text}); check AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_ENDPOINT_URL or storage_options"
+            )
+        if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and "bucket" in text.lower()):
+            return StorageError(f"{self.url}: no such bucket; create it, or choose another path")
+        return None
+
+    def _sibling(self, target: Path, data: bytes) -> _Written:
+        return _Written(self, target, data)
+
+
+class _Again(Exception):
+    """Worth another try."""
+
+
+class _Written:
+    """A complete, synced file beside its target, gone at the end unless it was renamed."""
+
+    def __init__(self, store: Store, target: Path, data: bytes) -> None:
+        self.store, self.data = store, data
+        self.path = target.parent / f".tmp-{uuid.uuid4().hex}"
+
+    def __enter__(self) -> Path:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("xb") as file:
+                file.write(self.data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self.path.unlink(missing_ok=True) if self.path.parent.is_dir() else None
+            raise self.store._refusal(error) or error from None
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _timestamp(info: dict[str, Any]) -> float:
+    for name in ("LastModified", "mtime", "updated", "last_modified", "created"):
+        value = info.get(name)
+        if value is not None:
+            return float(value.timestamp()) if hasattr(value, "timestamp") else float(value)
+    return 0.0
+
+
+def expand(url: str, storage_options: dict[str, Any]) -> Iterator[str]:
+    """A path, a folder's URL or a glob → the files that it names, sorted.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    if not any(c in url for c in "*?["):
+        yield url
+        return
+    if is_local(url):
+        yield from sorted(glob(url, recursive=True))  # noqa: PTH207 - Path.glob refuses an absolute pattern
+        return
+    store = Store(url, storage_options)
+    protocol = urlsplit(url).scheme
+    yield from sorted(f"{protocol}://{name}" for name in store._patiently(lambda: store.filesystem.glob(url)))

@@ -1,0 +1,223 @@
+"""Model references: builtin:NAME, a hub id at a revision, a local folder, s3://… — and how each reaches a node.
+
+`identify` says on the driver which exact weights are meant (that goes into every row's key); `fetch` brings them to a
+local folder, once per node however many workers ask.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ldm_ops.builtin
+from ldm_ops.describe import ModelFacts, NotAModel, describe
+from pipelines.errors import JobError, StorageError
+from pipelines.storage import Store
+
+BUILTIN = Path(ldm_ops.builtin.__file__).parent
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights. `revision` is exact: a commit, or a digest of the files."""
+
+    name: str
+    revision: str
+    kind: str
+    location: str
+    variant: str | None = None
+    storage_options: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+
+def builtin_names() -> list[str]:
+    return sorted(p.parent.name for p in BUILTIN.glob("*/model_index.json"))
+
+
+def identify(
+    model: str, revision: str | None, variant: str | None = None, storage_options: dict[str, Any] | None = None
+) -> tuple[Weights, ModelFacts]:
+    """Find out which exact weights `model` names and what they are, without loading them.
+
+    Raises:
+        JobError: no such model, no revision for a hub id, or a folder that may not be loaded.
+    """
+    try:
+        if model.startswith("builtin:"):
+            name = model.removeprefix("builtin:")
+            folder = BUILTIN / name
+            if name not in builtin_names():
+                raise JobError(f"model {model}: no such built-in model; one of {', '.join(builtin_names())}")
+            return Weights(model, digest_folder(folder), "folder", str(folder)), describe(folder)
+        if "://" in model:
+            return _identify_url(model, variant, storage_options or {})
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            facts = describe(folder)
+            location = str(folder.resolve())
+            return Weights(model, digest_folder(folder), "folder", location, variant), facts
+        if not _HUB_ID.match(model) or model.startswith("."):
+            raise JobError(
+                f"model {model}: no such folder; give builtin:NAME, org/name with revision, a folder or s3://…"
+            )
+        return _identify_hub(model, revision, variant)
+    except NotAModel as error:
+        raise JobError(f"model {model}: {error}") from None
+
+
+def digest_folder(folder: Path) -> str:
+    """sha256 over names and contents of all that could be loaded, as 16 hex digits."""
+    total = hashlib.sha256()
+    for path in sorted(p for pattern in WANTED for p in folder.rglob(pattern)):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(folder).as_posix()} ".encode())
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where weights from object storage are kept on a node: $LDM_CACHE, or ~/.cache/ldm-batch."""
+    return Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm-batch") / "models"
+
+
+def fetch(weights: Weights) -> Path:
+    """The local folder with `weights`, downloaded first where needed. Safe to call from many processes at once.
+
+    Raises:
+        StorageError: the hub or the store does not give them.
+    """
+    if weights.kind == "folder":
+        if not Path(weights.location).is_dir():
+            raise StorageError(f"model {weights.name}: {weights.location} is not on this node; use s3://… or a hub id")
+        return Path(weights.location)
+    if weights.kind == "hub":
+        return _hub_folder(weights.location, weights.revision, weights.variant, ["*"])
+    target = cache_folder() / weights.revision
+    with _one_at_a_time(target):
+        if not target.is_dir():
+            _download(weights, target, WANTED)
+    return target
+
+
+def _download(weights: Weights, target: Path, patterns: tuple[str, ...]) -> None:
+    store = Store(weights.location, weights.storage_options)
+    partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        for path in store.list(""):
+            if any(Path(path).match(pattern) for pattern in patterns):
+                (partial / path).parent.mkdir(parents=True, exist_ok=True)
+                store.filesystem.get_file(store.uri(path), str(partial / path))
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _identify_url(model: str, variant: str | None, storage_options: dict[str, Any]) -> tuple[Weights, ModelFacts]:
+    store = Store(model, storage_options)
+    listing = store.filesystem.find(model, detail=True) if store.list("") else {}
+    if not listing:
+        raise JobError(f"model {model}: nothing there; give the folder that holds model_index.json")
+    total = hashlib.sha256()
+    for name in sorted(listing):
+        info = listing[name]
+        mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
+        total.update(f"{name} {info['size']} {mark}\n".encode())
+    weights = Weights(model, total.hexdigest()[:16], "url", model.rstrip("/"), variant, storage_options)
+    folder = cache_folder() / weights.revision
+    if folder.is_dir():
+        return weights, describe(folder)
+    # The driver needs the JSON files only; the nodes that compute fetch the weights.
+    facts = cache_folder() / f"{weights.revision}.facts"
+    with _one_at_a_time(facts):
+        if not facts.is_dir():
+            _download(weights, facts, ("*.json",))
+            for path in store.list(""):
+                if not path.endswith(".json"):
+                    (facts / path).parent.mkdir(parents=True, exist_ok=True)
+                    (facts / path).touch()
+    return weights, describe(facts)
+
+
+def _identify_hub(model: str, revision: str | None, variant: str | None) -> tuple[Weights, ModelFacts]:
+    if revision is None:
+        raise JobError(
+            f"model {model}: a hub model needs `revision:` (a commit, or a tag), so that the same job means the same "
+            "weights next year; if a local folder was meant, it is not there"
+        )
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if _COMMIT.match(revision) or constants.HF_HUB_OFFLINE:
+        commit = revision
+    else:
+        try:
+            commit = str(HfApi().model_info(model, revision=revision).sha)
+        except (HfHubHTTPError, OSError) as error:
+            raise JobError(_hub_problem(model, revision, error)) from None
+    folder = _hub_folder(model, commit, variant, ["*.json"])
+    commit = folder.name if _COMMIT.match(folder.name) else commit
+    whole = _hub_folder(model, commit, variant, ["*"], offline=True) if _is_cached(folder) else None
+    return Weights(model, commit, "hub", model, variant), describe(whole or _with_names(model, commit, folder))
+
+
+def _is_cached(folder: Path) -> bool:
+    return any(folder.rglob("*.safetensors"))
+
+
+def _with_names(model: str, commit: str, folder: Path) -> Path:
+    """A folder with the repository's JSON files and empty stand-ins for the rest, so that `describe` can look."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    facts = cache_folder() / f"{commit}.facts"
+    with _one_at_a_time(facts):
+        if not facts.is_dir():
+            partial = facts.with_name(f"{facts.name}.partial-{uuid.uuid4().hex[:8]}")
+            shutil.copytree(folder, partial)
+            try:
+                names = HfApi().list_repo_files(model, revision=commit)
+            except (HfHubHTTPError, OSError) as error:
+                raise JobError(_hub_problem(model, commit, error)) from None
+            for name in names:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).touch()
+            partial.rename(facts)
+    return facts
+
+
+def _hub_folder(model: str, revision: str, variant: str | None, patterns: list[str], offline: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = patterns if patterns != ["*"] else list(WANTED)
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=offline))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise JobError(_hub_problem(model, revision, error)) from None
+
+
+def _hub_problem(model: str, revision: str, error: BaseException) -> str:
+    first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return (
+        f"model {model}@{revision}: not to be had ({first}); check the id, the revision, HF_TOKEN for gated models, "
+        "and with HF_HUB_OFFLINE=1 that HF_HOME holds it"
+    )
+
+
+@contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
