@@ -12,7 +12,7 @@ from typing import Any
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": ("LMSDiscreteScheduler", {}),
     "lms_karras": ("LMSDiscreteScheduler", {"use_karras_sigmas": True}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -55,7 +55,7 @@ def scheduler_name(name: str) -> str:
     if plain in SCHEDULERS:
         return plain
     # One name for one sampler, or rows that say DDIMScheduler and ddim could not share a batch.
-    classes = {cls: short for short, (cls, settings) in reversed(SCHEDULERS.items()) if not settings}
+    classes = {cls: short for short, (cls, _) in reversed(SCHEDULERS.items())}
     if name in classes:
         return classes[name]
     near = difflib.get_close_matches(plain, SCHEDULERS, n=3) or difflib.get_close_matches(name, classes, n=2)

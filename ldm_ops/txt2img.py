@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,11 @@ class Txt2Img(Op):
         from diffusers import AutoPipelineForText2Image
 
         device = pick_device(self.device)
-        options: dict[str, Any] = {} if self.variant is None else {"variant": self.variant}
+        # A place that the index leaves empty on purpose, such as SD3 without its T5, has to be named.
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        options: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+        if self.variant is not None:
+            options["variant"] = self.variant
         pipe = AutoPipelineForText2Image.from_pretrained(
             folder,
             torch_dtype=pick_dtype(self.dtype, device),

@@ -1,0 +1,135 @@
+"""One Ray, one S3 server and one set of small models for the whole session; real classes all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import yaml
+from pipelines.job import Job, parse_job
+
+# Before anything imports huggingface_hub: a test that asks a hub is a broken test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion pipeline of the real classes, random weights, 64 px, a second to load."""
+    from tests.models import tiny_stable_diffusion
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    tiny_stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with NaN in the embedding of the word `ring`: a prompt that names it gives NaN."""
+    import torch
+
+    from tests.models import tiny_stable_diffusion
+
+    pipe = tiny_stable_diffusion()
+    token = pipe.tokenizer.convert_tokens_to_ids("ring</w>")
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight[token] = float("nan")
+    folder = tmp_path_factory.mktemp("models") / "poisoned"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A real local Ray with two CPUs."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., Job]:
+    """A job on the tiny model; keywords replace sections (`source=…`) or, with a dict for `stage`, single fields."""
+
+    def make(stage: dict[str, Any] | None = None, sink: str | dict[str, Any] | None = None, **fields: Any) -> Job:
+        defaults = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 2, "batch_size": 2}
+        target = sink if isinstance(sink, dict) else {"path": sink or str(tmp_path / "out")}
+        data = {"source": {"rows": ["a red circle"]}, **fields, "stages": [defaults | (stage or {})], "sink": target}
+        return parse_job(yaml.safe_dump(data))
+
+    return make
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start_moto(**environ: str) -> tuple[subprocess.Popen[bytes], str]:
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        env={**os.environ, **environ},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
+            return server, url
+        except OSError:
+            time.sleep(0.1)
+    server.kill()
+    raise RuntimeError("moto did not start")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 server with a bucket `bkt`; its credentials are in the environment, as a user's would be."""
+    server, url = start_moto()
+    before = dict(os.environ)
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    fsspec.filesystem("s3", endpoint_url=url, skip_instance_cache=True).mkdir("bkt")
+    yield url
+    os.environ.clear()
+    os.environ.update(before)
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def s3_options(s3_endpoint: str) -> dict[str, Any]:
+    return {"endpoint_url": s3_endpoint}
+
+
+@pytest.fixture
+def ldm_batch() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line as a user would, in a process of its own."""
+
+    def run(*arguments: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pipelines", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+
+    return run

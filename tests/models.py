@@ -1,0 +1,175 @@
+"""Real diffusers pipelines, small enough to load in a second; weights are random, and not zero."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from ldm_ops.builtin.words import write_tokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+WIDTH = 32
+
+
+def tokenizer() -> CLIPTokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_tokenizer(Path(folder))
+
+
+def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def vae(**config: object) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        **config,
+    )
+
+
+def unet(**config: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        **{"cross_attention_dim": WIDTH, **config},
+    )
+
+
+def noise() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, set_alpha_to_one=False
+    )
+
+
+def tiny_stable_diffusion(checker: StableDiffusionSafetyChecker | None = None) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    words = tokenizer()
+    size = {"height": 32, "width": 32}
+    return StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(words)),
+        tokenizer=words,
+        unet=unet(),
+        scheduler=noise(),
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessorPil(size=size, crop_size=size) if checker else None,
+        requires_safety_checker=checker is not None,
+    )
+
+
+def tiny_sdxl() -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    words = tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(words)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(words)),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=unet(
+            cross_attention_dim=2 * WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        ),
+        scheduler=noise(),
+    )
+
+
+def tiny_sd3() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    words = tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=2 * WIDTH,
+            caption_projection_dim=32,
+            pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.0609, scaling_factor=1.5),
+        text_encoder=CLIPTextModelWithProjection(text_config(words)),
+        tokenizer=words,
+        text_encoder_2=CLIPTextModelWithProjection(text_config(words)),
+        tokenizer_2=words,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def save_sd3(folder: Path) -> None:
+    """SD3 without its T5: the empty places are named in the index, as in a folder that lacks it on purpose."""
+    tiny_sd3().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    empty = dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"), [None, None])
+    (folder / "model_index.json").write_text(json.dumps(index | empty))
+
+
+def save_sdxl(folder: Path) -> None:
+    tiny_sdxl().save_pretrained(folder)
+
+
+def safety_checker(flags: bool) -> StableDiffusionSafetyChecker:
+    """A checker that flags every picture, or none: its thresholds say so."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 100},
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    checker = StableDiffusionSafetyChecker(config)
+    with torch.no_grad():
+        checker.concept_embeds.normal_()
+        checker.concept_embeds_weights.fill_(-2.0 if flags else 2.0)
+        checker.special_care_embeds_weights.fill_(2.0)
+    return checker

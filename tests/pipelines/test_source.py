@@ -1,0 +1,114 @@
+"""Every format gives the same rows; every broken table gives one line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pipelines.errors import JobError
+from pipelines.job import Source
+from pipelines.source import read_source
+
+ROWS = [{"prompt": "a red circle", "note": "über, \"quoted\"\nline"}, {"prompt": "a blue star", "note": "x"}]
+
+
+def write(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
+    kind = path.suffixes[0]
+    if kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == ".txt":
+        path.write_text("\n".join(row["prompt"] for row in rows) + "\n\n")
+    else:
+        opened = gzip.open(path, "wt", newline="") if path.suffix == ".gz" else path.open("w", newline="")
+        with opened as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def rows(**source: Any) -> list[dict[str, Any]]:
+    return [
+        {name: column[i] for name, column in chunk.columns.items()}
+        for chunk in read_source(Source(**source))
+        for i in range(chunk.num_rows)
+    ]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet", "t.csv.gz"])
+def test_every_table_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    assert rows(path=str(write(tmp_path / name))) == ROWS
+
+
+def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
+    assert [row["prompt"] for row in rows(path=str(write(tmp_path / "t.txt")))] == ["a red circle", "a blue star"]
+
+
+def test_rows_may_stand_in_the_job_itself() -> None:
+    assert rows(rows=["a", {"prompt": "b", "seed": 3}]) == [{"prompt": "a", "seed": None}, {"prompt": "b", "seed": 3}]
+
+
+def test_globs_and_lists_read_every_file_in_order(tmp_path: Path) -> None:
+    for i in (2, 1, 3):
+        write(tmp_path / f"part-{i}.csv", [{"prompt": f"p{i}"}])
+    assert [r["prompt"] for r in rows(path=str(tmp_path / "part-*.csv"))] == ["p1", "p2", "p3"]
+    listed = [str(tmp_path / "part-3.csv"), str(tmp_path / "part-1.csv")]
+    assert [r["prompt"] for r in rows(path=listed)] == ["p3", "p1"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl"])
+def test_tables_are_read_from_object_storage(tmp_path: Path, s3_options: dict[str, Any], name: str) -> None:
+    url = f"s3://bkt/source/{name}"
+    with fsspec.open(url, "wb", **s3_options) as file:
+        file.write(write(tmp_path / name).read_bytes())
+    assert rows(path=url, storage_options=s3_options) == ROWS
+    assert rows(path=url.replace("/t.", "/?."), storage_options=s3_options) == ROWS
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfprompt\na\n")
+    assert rows(path=str(tmp_path / "t.csv")) == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"", "the table is empty; the first line must name the columns"),
+        ("t.csv", b"prompt,prompt\na,b\n", "column 'prompt' stands twice in the header"),
+        ("t.csv", b"prompt,x\na,b,c\n", r"t.csv row 1: 3 fields, the header has 2; put quotes"),
+        ("t.csv", b'prompt\n"a', "unexpected end of data; check the quotes"),
+        ("t.csv", b"prompt\n\xff\xfe\n", "not UTF-8"),
+        ("t.jsonl", b'{"prompt": "a"}\n{oops\n', "t.jsonl line 2: not valid JSON"),
+        ("t.jsonl", b'["a"]\n', "t.jsonl line 1: a list, not an object"),
+        ("t.parquet", b"PAR1 not really", "not a Parquet file"),
+        ("t.xlsx", b"", "unknown ending '.xlsx'; one of .csv, .tsv"),
+        ("t.csv.gz", b"not gzip", "cannot be read"),
+    ],
+)
+def test_a_broken_table_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(JobError, match=message):
+        rows(path=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("none.csv", "no such file"), ("*.csv", "no file matches"), (".", "unknown ending")],
+)
+def test_a_path_without_a_table_says_so(tmp_path: Path, path: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        rows(path=str(tmp_path / path))
+
+
+def test_a_missing_object_says_so(s3_options: dict[str, Any]) -> None:
+    with pytest.raises(JobError, match="no such file"):
+        rows(path="s3://bkt/nowhere/t.csv", storage_options=s3_options)
