@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import StringConstraints
@@ -41,7 +42,12 @@ def pick_dtype(dtype: Dtype, device: str) -> torch.dtype:
 
 
 def set_threads(count: int) -> None:
-    """Let torch use `count` CPU threads in this process."""
+    """Let torch use `count` CPU threads in this process; to be called before anything imports torch.
+
+    On a CPU the count can change the last bits of a picture (torch 2.13: oneDNN's small 1×1 convolutions in fp32).
+    """
+    # The OpenMP count belongs to each calling thread and starts from the environment, which Ray sets to 1.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
     import torch
 
     torch.set_num_threads(count)

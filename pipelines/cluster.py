@@ -15,13 +15,18 @@ TASK_CPUS = 0.25
 """CPU share of one task that loads or commits a shard; two of them must always find room beside the workers."""
 
 
+MEMORY_SHARE = 0.6
+WORKER_BYTES = 1 << 30
+"""What a worker needs beside its weights: the interpreter, torch, activations of a small batch."""
+
+
 @dataclass(frozen=True)
 class Fit:
-    """What one worker gets. `threads` is for torch."""
+    """How many workers, and what each of them gets."""
 
+    workers: int
     num_cpus: float
     num_gpus: float
-    threads: int
 
 
 @contextmanager
@@ -61,8 +66,8 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def fit(pool: Pool) -> Fit:
-    """Share the cluster among the pool's workers.
+def fit(pool: Pool, weights_bytes: int) -> Fit:
+    """Share the cluster among the pool's workers; `auto` takes one per GPU, else one per core that memory allows.
 
     Raises:
         JobError: they do not fit, with the numbers.
@@ -70,20 +75,25 @@ def fit(pool: Pool) -> Fit:
     import ray
 
     total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if pool.workers * pool.num_gpus > gpus:
+    cpus, gpus, memory = total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0)
+    room = cpus - 2 * TASK_CPUS
+    if pool.workers != "auto":
+        workers = pool.workers
+    elif pool.num_gpus:
+        workers = max(1, int(gpus / pool.num_gpus + 1e-6))
+    else:
+        by_memory = int(memory * MEMORY_SHARE // (2 * weights_bytes + WORKER_BYTES))
+        by_cpus = int(room / pool.num_cpus) if pool.num_cpus else int(cpus) // pool.num_threads
+        workers = max(1, min(by_cpus, by_memory))
+    if workers * pool.num_gpus > gpus:
         raise JobError(
-            f"stages.0: {pool.workers} workers × {pool.num_gpus:g} GPUs need {pool.workers * pool.num_gpus:g}, the "
+            f"stages.0: {workers} workers × {pool.num_gpus:g} GPUs need {workers * pool.num_gpus:g}, the "
             f"cluster has {gpus:g}; lower workers or num_gpus (0 computes on the CPU)"
         )
-    room = cpus - 2 * TASK_CPUS
-    num_cpus = pool.num_cpus if pool.num_cpus is not None else min(1.0, int(room / pool.workers * 100) / 100)
-    if num_cpus < 0.01 or pool.workers * num_cpus > room + 1e-6:
+    num_cpus = pool.num_cpus if pool.num_cpus is not None else min(1.0, int(room / workers * 100) / 100)
+    if num_cpus < 0.01 or workers * num_cpus > room + 1e-6:
         raise JobError(
-            f"stages.0: {pool.workers} workers × {max(num_cpus, 0.01):g} CPUs do not fit beside {2 * TASK_CPUS:g} for "
+            f"stages.0: {workers} workers × {max(num_cpus, 0.01):g} CPUs do not fit beside {2 * TASK_CPUS:g} for "
             f"reading and writing; the cluster has {cpus:g}; lower workers or num_cpus"
         )
-    cores = int(max(node["Resources"].get("CPU", 1) for node in nodes))
-    per_node = -(-pool.workers // len(nodes))
-    return Fit(num_cpus, pool.num_gpus, threads=max(1, cores // per_node))
+    return Fit(workers, num_cpus, pool.num_gpus)

@@ -80,12 +80,20 @@ class Source(Section):
 
 
 class Pool(BaseModel):
-    """How a stage is spread over the cluster; of these only `batch_size` can change the last bits of a picture."""
+    """How a stage is spread over the cluster.
+
+    Only `batch_size`, and on a CPU `num_threads`, can change the last bits of a picture: the plan freezes both.
+    """
 
     batch_size: int = Field(8, ge=1, le=4096, description="rows of one device call")
-    workers: int = Field(1, ge=1, le=100_000, description="actors that hold the model")
+    workers: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
+        "auto", description="processes that hold the model; auto is one per GPU, or per CPU core where num_gpus is 0"
+    )
     num_gpus: float = Field(0, ge=0, le=64, description="GPUs of one worker; a fraction shares one")
     num_cpus: float | None = Field(None, gt=0, description="CPU share of one worker; fitted to the machine if left out")
+    num_threads: int = Field(
+        1, ge=1, le=1024, description="torch threads of one worker; more workers beat more threads while memory lasts"
+    )
 
 
 class Txt2ImgStage(Pool, Txt2Img):

@@ -78,6 +78,7 @@ class Plan:
     job: dict[str, Any]
     settings: dict[str, Any]
     batch_size: int
+    num_threads: int
     batches_per_shard: int
     num_rows: int
     num_batches: int
@@ -317,7 +318,7 @@ class _Planner:
         bounds = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), table.num_rows)
         pieces = [(int(a), int(b)) for a, b in pairwise(bounds)]
         digests = [manifest.keys_digest(keys[a:b]) for a, b in pieces]
-        plan_id = digest([PROTOCOL, size, per_shard, digests])[:16]
+        plan_id = digest([PROTOCOL, size, self.job.stage.num_threads, per_shard, digests])[:16]
         shards = tuple(
             Shard(
                 plan_id=plan_id,
@@ -335,6 +336,7 @@ class _Planner:
             job=self.job.recorded(),
             settings=self.settings,
             batch_size=size,
+            num_threads=self.job.stage.num_threads,
             batches_per_shard=per_shard,
             num_rows=table.num_rows,
             num_batches=num_batches,

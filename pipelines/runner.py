@@ -130,7 +130,7 @@ def _run(
     if todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
         with stop_on_signals(store, run_id, listener) as stopped, ray_cluster(address):
-            pool = fit(job.stage)
+            pool = fit(job.stage, planned.weights.num_bytes)
             for one, shards in todo:
                 if stopped:
                     break
@@ -171,13 +171,13 @@ def _execute(
         plan,
         todo,
         pool,
-        workers=min(job.stage.workers, len(todo)),
+        workers=min(pool.workers, len(todo)),
         worker=(
             stage.bare(),
             planned.weights,
             plan.batch_size,
             stage.op,
-            pool.threads,
+            plan.num_threads,
             store,
             heartbeat.stop_path(run_id),
         ),
@@ -216,11 +216,12 @@ def dataset(
     def load_shard(ids: pa.Table) -> pa.Table:
         return read_shard(store, todo[ids["id"][0].as_py()])
 
+    # In memory: Ray's own range would add read tasks of one whole CPU each, for which a small machine has no room.
+    ids = ray.data.from_arrow([pa.table({"id": [i]}) for i in range(len(todo))])
+
     # A class of its own per op, or Ray's dashboard calls every stage by the same name.
     worker_class = type(name.title(), (Worker,), {})
-    shards = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
-        load_shard, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
-    )
+    shards = ids.map_batches(load_shard, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     with warnings.catch_warnings():
         # Ray's default restarts a worker for ever; the finite limits have no named parameter yet (Ray 2.60).
         warnings.simplefilter("ignore")

@@ -31,13 +31,14 @@ _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights. `revision` is exact: a commit, or a digest of the files."""
+    """One set of weights. `revision` is exact: a commit, or a digest of the files. `num_bytes` is 0 where unknown."""
 
     name: str
     revision: str
     kind: str
     location: str
     variant: str | None = None
+    num_bytes: int = 0
     storage_options: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 
@@ -59,14 +60,13 @@ def identify(
             folder = BUILTIN / name
             if name not in builtin_names():
                 raise JobError(f"model {model}: no such built-in model; one of {', '.join(builtin_names())}")
-            return Weights(model, digest_folder(folder), "folder", str(folder)), describe(folder)
+            return _local(model, folder, None), describe(folder)
         if "://" in model:
             return _identify_url(model, variant, storage_options or {})
         folder = Path(model).expanduser()
         if folder.is_dir():
             facts = describe(folder)
-            location = str(folder.resolve())
-            return Weights(model, digest_folder(folder), "folder", location, variant), facts
+            return _local(model, folder.resolve(), variant), facts
         if not _HUB_ID.match(model) or model.startswith("."):
             raise JobError(
                 f"model {model}: no such folder; give builtin:NAME, org/name with revision, a folder or s3://…"
@@ -74,6 +74,15 @@ def identify(
         return _identify_hub(model, revision, variant)
     except NotAModel as error:
         raise JobError(f"model {model}: {error}") from None
+
+
+def _local(model: str, folder: Path, variant: str | None) -> Weights:
+    return Weights(model, digest_folder(folder), "folder", str(folder), variant, weights_bytes(folder))
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of all safetensors under a folder; 0 where that is not known yet."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def digest_folder(folder: Path) -> str:
@@ -133,7 +142,8 @@ def _identify_url(model: str, variant: str | None, storage_options: dict[str, An
         info = listing[name]
         mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
         total.update(f"{name} {info['size']} {mark}\n".encode())
-    weights = Weights(model, total.hexdigest()[:16], "url", model.rstrip("/"), variant, storage_options)
+    size = sum(int(info["size"]) for name, info in listing.items() if name.endswith(".safetensors"))
+    weights = Weights(model, total.hexdigest()[:16], "url", model.rstrip("/"), variant, size, storage_options)
     folder = cache_folder() / weights.revision
     if folder.is_dir():
         return weights, describe(folder)
@@ -168,7 +178,8 @@ def _identify_hub(model: str, revision: str | None, variant: str | None) -> tupl
     folder = _hub_folder(model, commit, variant, ["*.json"])
     commit = folder.name if _COMMIT.match(folder.name) else commit
     whole = _hub_folder(model, commit, variant, ["*"], offline=True) if _is_cached(folder) else None
-    return Weights(model, commit, "hub", model, variant), describe(whole or _with_names(model, commit, folder))
+    facts = describe(whole or _with_names(model, commit, folder))
+    return Weights(model, commit, "hub", model, variant, weights_bytes(whole) if whole else 0), facts
 
 
 def _is_cached(folder: Path) -> bool:

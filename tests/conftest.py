@@ -15,12 +15,15 @@ from typing import Any
 import fsspec
 import pytest
 import yaml
+
 from pipelines.job import Job, parse_job
 
 # Before anything imports huggingface_hub: a test that asks a hub is a broken test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before Ray starts: its workers inherit them, as they would a user's.
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +69,7 @@ def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., Job]:
     """A job on the tiny model; keywords replace sections (`source=…`) or, with a dict for `stage`, single fields."""
 
     def make(stage: dict[str, Any] | None = None, sink: str | dict[str, Any] | None = None, **fields: Any) -> Job:
-        defaults = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 2, "batch_size": 2}
+        defaults = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 2, "batch_size": 2, "workers": 1}
         target = sink if isinstance(sink, dict) else {"path": sink or str(tmp_path / "out")}
         data = {"source": {"rows": ["a red circle"]}, **fields, "stages": [defaults | (stage or {})], "sink": target}
         return parse_job(yaml.safe_dump(data))
@@ -101,14 +104,10 @@ def start_moto(**environ: str) -> tuple[subprocess.Popen[bytes], str]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """An S3 server with a bucket `bkt`; its credentials are in the environment, as a user's would be."""
+    """An S3 server with a bucket `bkt`."""
     server, url = start_moto()
-    before = dict(os.environ)
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     fsspec.filesystem("s3", endpoint_url=url, skip_instance_cache=True).mkdir("bkt")
     yield url
-    os.environ.clear()
-    os.environ.update(before)
     server.kill()
     server.wait()
 

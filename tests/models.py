@@ -18,7 +18,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from ldm_ops.builtin.words import write_tokenizer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -27,6 +26,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+from ldm_ops.builtin.words import write_tokenizer
 
 WIDTH = 32
 
@@ -79,7 +80,12 @@ def unet(**config: object) -> UNet2DConditionModel:
 
 def noise() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, set_alpha_to_one=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        set_alpha_to_one=False,
     )
 
 
@@ -150,7 +156,7 @@ def save_sd3(folder: Path) -> None:
     """SD3 without its T5: the empty places are named in the index, as in a folder that lacks it on purpose."""
     tiny_sd3().save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
-    empty = dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"), [None, None])
+    empty = {name: [None, None] for name in ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")}
     (folder / "model_index.json").write_text(json.dumps(index | empty))
 
 

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from ldm_ops.describe import NotAModel, describe
 from ldm_ops.schedulers import scheduler_name
-
 from tests import models
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from pipelines.errors import JobError
 from pipelines.job import json_schema, load_job, parse_job
 
@@ -32,7 +33,11 @@ BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("num_inference_steps: 25", "batchsize: 4", "job.yaml:6:5: stages.0.batchsize: unknown field; did you mean batch_size?"),
+        (
+            "num_inference_steps: 25",
+            "batchsize: 4",
+            "job.yaml:6:5: stages.0.batchsize: unknown field; did you mean batch_size?",
+        ),
         ("name: x", "nmae: x", "job.yaml:1:1: nmae: unknown field; did you mean name?"),
         ("columns: {", "colums: {", "job.yaml:2:23: source.colums: unknown field; did you mean columns?"),
         ("25", "many", "job.yaml:6:5: stages.0.num_inference_steps: input should be a valid integer"),
@@ -83,7 +88,9 @@ def test_the_environment_fills_in_values_and_defaults() -> None:
 
 
 def test_set_overrides_any_field() -> None:
-    job = parse_job(GOOD, overrides=["stages.0.num_inference_steps=30", "sink.path=elsewhere", "source.matrix.seed=[1, 2]"])
+    job = parse_job(
+        GOOD, overrides=["stages.0.num_inference_steps=30", "sink.path=elsewhere", "source.matrix.seed=[1, 2]"]
+    )
     assert (job.stage.num_inference_steps, job.sink.path, job.source.matrix) == (30, "elsewhere", {"seed": [1, 2]})
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pipelines.errors import JobError, OutputHeldByOther
 from pipelines.job import Job
 from pipelines.planner import Planned, check, plan, read_plans
@@ -95,7 +96,10 @@ def test_a_matrix_makes_every_combination_under_the_same_noise(make_job: MakeJob
 
 
 def test_templates_build_the_prompt_from_columns(make_job: MakeJob) -> None:
-    source = {"rows": [{"size": "small", "color": "red"}], "templates": {"prompt": "a {{ size }} {{ color|upper }} dot"}}
+    source = {
+        "rows": [{"size": "small", "color": "red"}],
+        "templates": {"prompt": "a {{ size }} {{ color|upper }} dot"},
+    }
     row = planned_rows(check(make_job(source=source)))[0]
     assert (row["prompt"], row["color"]) == ("a small RED dot", "red")
 
@@ -138,7 +142,9 @@ def test_a_template_that_fails_or_reaches_out_is_refused(make_job: MakeJob, temp
 def test_a_wrong_row_is_named_before_anything_runs(make_job: MakeJob, row: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError) as caught:
         # Inline rows pass through YAML, which writes some of these values differently; the table is what counts.
-        check(make_job(source={"rows": ["fine"]}).model_copy(update={"source": source(["fine", {"prompt": "p", **row}])}))
+        check(
+            make_job(source={"rows": ["fine"]}).model_copy(update={"source": source(["fine", {"prompt": "p", **row}])})
+        )
     assert message in str(caught.value)
     assert "set source.on_bad_row: fail to make the others" in str(caught.value)
 
@@ -180,11 +186,25 @@ def test_bad_rows_can_become_dead_letters_beside_the_good_ones(make_job: MakeJob
     ("changes", "message"),
     [
         ({"source": {"rows": []}}, "source.rows is empty"),
-        ({"source": {"rows": [{"caption": "x"}]}}, "no column 'prompt'; the table has 'caption'; name it with source.columns"),
+        (
+            {"source": {"rows": [{"caption": "x"}]}},
+            "no column 'prompt'; the table has 'caption'; name it with source.columns",
+        ),
         ({"source": {"rows": ["x"], "columns": {"seed": "s"}}}, "source.columns.seed: no column 's'"),
         ({"source": {"rows": [{"prompt": "x", "seed": 1}], "matrix": {"seed": [1]}}}, "seed is a column and an axis"),
-        ({"source": {"rows": ["x"], "matrix": {"height": [500]}}}, "source.matrix.height: height 500 is not a multiple"),
-        ({"source": {"rows": ["x"], "matrix": {"seed": list(range(1000)), "guidance_scale": list(range(1, 99)), "height": [64, 128]}}}, "makes 196000 pictures of each row"),
+        (
+            {"source": {"rows": ["x"], "matrix": {"height": [500]}}},
+            "source.matrix.height: height 500 is not a multiple",
+        ),
+        (
+            {
+                "source": {
+                    "rows": ["x"],
+                    "matrix": {"seed": list(range(1000)), "guidance_scale": list(range(1, 99)), "height": [64, 128]},
+                }
+            },
+            "makes 196000 pictures of each row",
+        ),
         ({"stage": {"height": 500}}, "stages.0.height: height 500 is not a multiple of 8; use 496 or 504"),
         ({"stage": {"scheduler": "flow_euler"}}, "stages.0.scheduler: scheduler flow_euler does not fit"),
         ({"stage": {"safety_checker": "reject"}}, "stages.0.safety_checker: .* has no safety checker"),
@@ -228,7 +248,9 @@ def test_batches_never_mix_what_must_be_equal(make_job: MakeJob) -> None:
         assert len({row["shard"] for row in batch}) == 1
     assert planned.new is not None
     assert len(batches) == planned.new.num_batches
-    assert max(len({r["batch"] for r in planned_rows(planned) if r["shard"] == s.index}) for s in planned.new.shards) == 3
+    assert (
+        max(len({r["batch"] for r in planned_rows(planned) if r["shard"] == s.index}) for s in planned.new.shards) == 3
+    )
 
 
 @settings(max_examples=20, deadline=None)

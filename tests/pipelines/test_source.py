@@ -12,11 +12,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from pipelines.errors import JobError
 from pipelines.job import Source
 from pipelines.source import read_source
 
-ROWS = [{"prompt": "a red circle", "note": "über, \"quoted\"\nline"}, {"prompt": "a blue star", "note": "x"}]
+ROWS = [{"prompt": "a red circle", "note": 'über, "quoted"\nline'}, {"prompt": "a blue star", "note": "x"}]
 
 
 def write(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
@@ -28,8 +29,7 @@ def write(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
     elif kind == ".txt":
         path.write_text("\n".join(row["prompt"] for row in rows) + "\n\n")
     else:
-        opened = gzip.open(path, "wt", newline="") if path.suffix == ".gz" else path.open("w", newline="")
-        with opened as file:
+        with gzip.open(path, "wt", newline="") if path.suffix == ".gz" else path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)

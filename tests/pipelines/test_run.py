@@ -1,0 +1,249 @@
+"""Whole runs on a real local Ray: what a user finds in the output, whatever happened on the way."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import pipelines
+from pipelines.errors import JobError, NotWhole, RunAlive
+from pipelines.heartbeat import Heartbeat
+from pipelines.job import Job
+from pipelines.runner import run, status
+from pipelines.storage import Store
+from tests.faults.proxy import Faults, Rule
+from tests.pipelines import reader
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+MakeJob = Callable[..., Job]
+
+ROWS: list[Any] = [{"prompt": f"a red circle {i}", "num_inference_steps": 2 + i % 2, "tag": f"t{i}"} for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an ordinary run makes of ROWS: key → sha256."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(make(tiny_model, out, ROWS))
+    return reader.contents(out)
+
+
+def make(model: Path, out: Path | str, rows: list[Any], **stage: Any) -> Job:
+    import yaml
+
+    from pipelines.job import parse_job
+
+    options = stage.pop("storage_options", {})
+    stages = [{"op": "txt2img", "model": str(model), "num_inference_steps": 2, "batch_size": 2, "workers": 1, **stage}]
+    return parse_job(
+        yaml.safe_dump(
+            {"source": {"rows": rows}, "stages": stages, "sink": {"path": str(out), "storage_options": options}}
+        )
+    )
+
+
+def test_every_row_ends_once_in_the_manifest_with_its_file(make_job: MakeJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = [*ROWS, {"prompt": "another", "id": "../../x", "seed": 11, "tag": "dup"}, ROWS[0]]
+    summary = run(make_job(source={"rows": rows}))
+    assert (summary.exit_code, summary.num_new_rows, summary.num_duplicates) == (0, 10, 1)
+    found = reader.rows(out)
+    assert len(found) == 10
+    assert {row["status"] for row in found} == {"ok"}
+    mine = next(row for row in found if row["id"] == "../../x")
+    assert mine["seed"] == 11
+    assert mine["uri"].startswith(f"images/{mine['shard']:06d}/{mine['key']}-{mine['sha256'][:12]}")
+    assert (mine["model_revision"], mine["batch_size"], mine["run_id"]) == (mine["model_revision"], 2, summary.run_id)
+    assert mine["tag"] == "dup"
+    assert next(row for row in found if row["tag"] == "t0")["num_duplicates"] == 1
+    assert json.loads((out / "_SUCCESS").read_text())["num_ok"] == 10
+    assert not [p for p in tmp_path.rglob("*") if p.name == "x"]
+    assert pipelines.read_manifest(str(out)).num_rows == 10
+
+
+def test_the_same_command_again_does_nothing(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(source={"rows": ["a", "b"]})
+    run(job)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "images").rglob("*.png")}
+    again = run(job)
+    assert (again.exit_code, again.num_new_rows, again.totals.num_ok) == (0, 0, 2)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "images").rglob("*.png")} == files
+
+
+def test_two_workers_make_the_same_bytes(tiny_model: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    summary = run(make(tiny_model, tmp_path, ROWS, workers=2))
+    assert reader.contents(tmp_path) == undisturbed
+    assert summary.exit_code == 0
+
+
+def test_shuffled_rows_make_the_same_bytes(tiny_model: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    rows = random.Random(3).sample(ROWS, len(ROWS))
+    run(make(tiny_model, tmp_path, rows))
+    assert reader.contents(tmp_path) == undisturbed
+
+
+def test_a_run_that_lost_half_its_parts_makes_the_same_bytes_again(
+    tiny_model: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    job = make(tiny_model, tmp_path, ROWS)
+    first = run(job)
+    parts = sorted((tmp_path / "manifest").rglob("*.parquet"))
+    for part in parts[::2]:
+        part.unlink()
+    (tmp_path / "_SUCCESS").unlink()
+    again = run(job)
+    assert 0 < again.num_new_rows < len(ROWS)
+    assert again.totals.digest == first.totals.digest
+    assert reader.contents(tmp_path) == undisturbed
+
+
+def test_a_table_that_grows_gets_only_its_new_rows_made(
+    tiny_model: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    run(make(tiny_model, tmp_path, ROWS[:5]))
+    grown = run(make(tiny_model, tmp_path, ROWS[::-1]))
+    assert grown.num_new_rows == 4
+    assert reader.contents(tmp_path) == undisturbed
+
+
+def test_on_s3_with_lost_replies_and_refusals_the_bytes_are_the_same(
+    tiny_model: Path, s3_endpoint: str, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    faults = Faults(s3_endpoint)
+    rules = [
+        Rule("PUT", r"/manifest/.*parquet", "lose_reply", times=2),
+        Rule("PUT", r"/manifest/.*parquet", "status", code=409, error="ConditionalRequestConflict"),
+        Rule("PUT", r"/images/", "drop"),
+        Rule("PUT", r"/images/", "lose_reply"),
+        Rule("PUT", r"/images/", "status", times=3),
+    ]
+    faults.rules += rules
+    out = f"s3://bkt/{tmp_path.name}"
+    summary = run(make(tiny_model, out, ROWS, storage_options={"endpoint_url": faults.url}))
+    assert [rule.fired for rule in rules] == [2, 1, 1, 1, 3]
+    assert summary.exit_code == 0
+    assert reader.contents(out, endpoint_url=s3_endpoint) == undisturbed
+    assert status(out, {"endpoint_url": s3_endpoint})[0].digest == summary.totals.digest
+    faults.close()
+
+
+def test_a_poisonous_row_costs_one_row(poisoned_model: Path, tmp_path: Path) -> None:
+    rows = ["a red circle", "a red ring", "a blue star", "a pink cross", "a green square"]
+    summary = run(make(poisoned_model, tmp_path, rows, batch_size=4))
+    found = {row["prompt"]: row for row in reader.rows(tmp_path)}
+    assert summary.exit_code == 3
+    assert [prompt for prompt, row in found.items() if row["status"] == "failed"] == ["a red ring"]
+    dead = found["a red ring"]
+    assert (dead["stage"], dead["error_type"]) == ("txt2img", "model.nan")
+    assert "NaN" in dead["error_message"]
+    assert summary.totals.failures == {"model.nan": 1}
+    assert summary.first_error is not None
+    alone = run(make(poisoned_model, tmp_path / "alone", ["a red circle"], batch_size=4))
+    assert alone.exit_code == 0
+    assert next(iter(reader.contents(tmp_path / "alone").values())) == found["a red circle"]["sha256"]
+
+
+def test_rows_that_were_wrong_in_the_table_are_dead_letters(make_job: MakeJob, tmp_path: Path) -> None:
+    rows = ["good", {"prompt": "bad", "height": 500}]
+    summary = run(make_job(source={"rows": rows, "on_bad_row": "fail"}))
+    dead = next(row for row in reader.rows(tmp_path / "out") if row["status"] == "failed")
+    assert (summary.exit_code, dead["stage"], dead["error_type"]) == (3, "plan", "row.invalid")
+    assert "height 500 is not a multiple of 8" in dead["error_message"]
+
+
+def test_intermediates_are_named_by_the_manifest(make_job: MakeJob, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    run(make_job(stage={"save_intermediates": 2, "num_inference_steps": 4}))
+    row = reader.rows(tmp_path / "out")[0]
+    kept = {(entry["step"], entry["kind"]): tmp_path / "out" / entry["uri"] for entry in row["intermediates"]}
+    assert set(kept) == {(step, kind) for step in (2, 4) for kind in ("latents", "preview")}
+    assert load_file(kept[2, "latents"])["latents"].shape == (4, 8, 8)
+    with Image.open(kept[4, "preview"]) as last, Image.open(tmp_path / "out" / row["uri"]) as image:
+        assert last.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_other_formats_say_what_they_are(make_job: MakeJob, tmp_path: Path, format: str) -> None:
+    run(make_job(sink={"path": str(tmp_path / "out"), "format": format}))
+    assert reader.rows(tmp_path / "out")[0]["format"] == format
+
+
+def test_pools_that_do_not_fit_are_refused_with_the_numbers(make_job: MakeJob) -> None:
+    rows = {"rows": [f"p{i}" for i in range(8)]}
+    with pytest.raises(JobError, match="1 workers × 1 GPUs need 1, the cluster has 0; lower workers or num_gpus"):
+        run(make_job(stage={"num_gpus": 1}))
+    with pytest.raises(JobError, match=r"3 workers × 1 CPUs do not fit beside 0.5 .* the cluster has 2"):
+        run(make_job(source=rows, stage={"workers": 3, "num_cpus": 1}))
+
+
+def test_a_model_that_does_not_load_is_one_line(make_job: MakeJob, tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(pipelines.LdmError) as caught:
+        run(make_job(stage={"model": str(broken)}))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_second_run_on_the_same_output_says_who_is_there(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job()
+    store = Store(str(tmp_path / "out"))
+    with Heartbeat(store, "20260101T000000-abcdef"):
+        with pytest.raises(RunAlive, match=r"run 20260101T000000-abcdef on .* is alive, .*--join .*--takeover"):
+            run(job)
+        assert not (tmp_path / "out" / "manifest").exists()
+        assert run(job, join=True).exit_code == 0
+        assert reader.rows(tmp_path / "out")
+
+
+def test_a_takeover_asks_the_other_run_to_stop(make_job: MakeJob, tmp_path: Path) -> None:
+    with Heartbeat(Store(str(tmp_path / "out")), "20260101T000000-abcdef"):
+        assert run(make_job(), takeover=True).exit_code == 0
+    assert (tmp_path / "out" / "_ldm" / "runs" / "20260101T000000-abcdef" / "stop").exists()
+
+
+def test_a_dead_runs_heartbeat_stops_nobody(make_job: MakeJob, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"))
+    heart = Heartbeat(store, "20260101T000000-abcdef")
+    body = json.loads(heart.body) | {"pid": 2**22 + 1}
+    store.write(heart.path, json.dumps(body).encode())
+    assert run(make_job()).exit_code == 0
+
+
+def test_a_part_that_is_cut_off_is_found(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(source={"rows": ["a", "b", "c"]})
+    run(job)
+    part = sorted((tmp_path / "out" / "manifest").rglob("*.parquet"))[0]
+    part.write_bytes(part.read_bytes()[:-20])
+    with pytest.raises(NotWhole, match=r"is not a whole part; move it away and run the same command again"):
+        run(job)
+    part.unlink()
+    assert run(job).totals.num_ok == 3
+
+
+def test_status_reads_the_files_alone(make_job: MakeJob, tmp_path: Path) -> None:
+    with pytest.raises(NotWhole, match="holds no plan of ldm-batch"):
+        status(str(tmp_path / "out"))
+    summary = run(make_job())
+    totals, runs = status(str(tmp_path / "out"))
+    assert totals.digest == summary.totals.digest
+    assert [r["run_id"] for r in runs] == [summary.run_id]
+
+
+def test_secrets_of_storage_options_are_written_nowhere(tiny_model: Path, s3_endpoint: str, tmp_path: Path) -> None:
+    out = f"s3://bkt/{tmp_path.name}"
+    options = {"endpoint_url": s3_endpoint, "key": "AKCANARY", "secret": "CANARY-SECRET"}
+    run(make(tiny_model, out, ["a"], storage_options=options))
+    store = Store(out, options)
+    everything = b"".join(store.read(name) or b"" for name in store.list(""))
+    assert len(everything) > 1000
+    assert b"CANARY" not in everything

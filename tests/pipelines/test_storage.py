@@ -1,0 +1,152 @@
+"""A store on a disk and on S3: the same behaviour, checked with independent readers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from pipelines.errors import StorageError
+from pipelines.storage import Exists, Store
+from tests.conftest import free_port, start_moto
+from tests.faults.proxy import Faults, Rule
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "disk":
+        return Store(str(tmp_path / "store"))
+    return Store(f"s3://bkt/{tmp_path.name}", request.getfixturevalue("s3_options"))
+
+
+def test_what_is_written_is_read_back(store: Store) -> None:
+    assert store.read("a/b.bin") is None
+    store.write("a/b.bin", b"one")
+    store.write("a/b.bin", b"two")
+    assert store.read("a/b.bin") == b"two"
+    assert {name: info.num_bytes for name, info in store.list("a").items()} == {"a/b.bin": 3}
+    assert store.list("nowhere") == {}
+    store.delete("a/b.bin")
+    store.delete("a/b.bin")
+    assert store.read("a/b.bin") is None
+
+
+def test_create_never_replaces(store: Store) -> None:
+    store.create("x/part", b"first")
+    with pytest.raises(Exists):
+        store.create("x/part", b"second")
+    assert store.read("x/part") == b"first"
+
+
+def test_one_of_many_creators_wins(store: Store) -> None:
+    for round_ in range(3):
+        won: list[int] = []
+        barrier = threading.Barrier(8)
+
+        def create(i: int, name: str = f"race/{round_}", won: list[int] = won, barrier: Any = barrier) -> None:
+            mine = Store(store.url, store.storage_options)
+            barrier.wait()
+            try:
+                mine.create(name, str(i).encode())
+                won.append(i)
+            except Exists:
+                pass
+
+        threads = [threading.Thread(target=create, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert store.read(f"race/{round_}") == str(won[0]).encode()
+
+
+def test_a_disk_store_leaves_no_temporary_file_behind(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("a/x", b"1")
+    store.create("a/y", b"2")
+    with pytest.raises(Exists):
+        store.create("a/y", b"3")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x", "y"]
+
+
+def test_one_object_is_one_request(s3_endpoint: str) -> None:
+    faults = Faults(s3_endpoint)
+    store = Store("s3://bkt/requests", {"endpoint_url": faults.url})
+    store.write("warm", b"up")
+    before = len(faults.seen)
+    store.write("a", b"x" * 200_000)
+    store.create("b", b"y")
+    assert faults.seen[before:] == [("PUT", "/bkt/requests/a"), ("PUT", "/bkt/requests/b")]
+    faults.close()
+
+
+def test_hiccups_of_a_store_are_retried(s3_endpoint: str) -> None:
+    faults = Faults(s3_endpoint)
+    store = Store("s3://bkt/hiccups", {"endpoint_url": faults.url})
+    rules = [Rule("PUT", "/a$", "status", times=2), Rule("PUT", "/a$", "lose_reply"), Rule("GET", "/a$", "drop")]
+    faults.rules += rules
+    store.write("a", b"x")
+    assert store.read("a") == b"x"
+    assert [rule.fired for rule in rules] == [2, 1, 1]
+    faults.close()
+
+
+def test_a_disk_that_may_not_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="choose a folder that you may write to"):
+        Store(str(tmp_path / "file" / "out")).probe()
+
+
+def test_a_folder_without_permission_says_so() -> None:
+    # /proc takes no file from anybody, root included.
+    with pytest.raises(StorageError, match="^/proc/out: .*choose a folder that you may write to"):
+        Store("/proc/out").probe()
+
+
+@pytest.fixture(scope="module")
+def strict_endpoint() -> Iterator[str]:
+    """An S3 server that checks its callers' credentials."""
+    server, url = start_moto(INITIAL_NO_AUTH_ACTION_COUNT="0")
+    yield url
+    server.kill()
+    server.wait()
+
+
+def test_wrong_credentials_are_named_within_ten_seconds(strict_endpoint: str, s3_endpoint: str) -> None:
+    start = time.monotonic()
+    store = Store("s3://bkt/x", {"endpoint_url": strict_endpoint, "key": "AKWRONG", "secret": "CANARY"})
+    with pytest.raises(StorageError, match=r"refuses these credentials .*; check AWS_ACCESS_KEY_ID") as caught:
+        store.probe()
+    assert time.monotonic() - start < 10
+    assert "CANARY" not in str(caught.value)
+
+
+def test_a_missing_bucket_is_named(s3_options: dict[str, Any]) -> None:
+    with pytest.raises(StorageError, match="no such bucket; create it, or choose another path"):
+        Store("s3://no-such-bucket/x", s3_options).probe()
+
+
+def test_a_store_that_does_not_answer_is_named(s3_endpoint: str) -> None:
+    store = Store("s3://bkt/x", {"endpoint_url": f"http://127.0.0.1:{free_port()}"})
+    with pytest.raises(StorageError, match="no answer after 6 tries .*; check the endpoint and the network"):
+        store.probe()
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(StorageError, match="use a path, s3://"):
+        Store("nope://x/y").probe()
+
+
+def test_any_other_fsspec_store_works_too() -> None:
+    store = Store("memory://box/out")
+    store.create("a", b"1")
+    with pytest.raises(Exists):
+        store.create("a", b"2")
+    assert list(store.list("")) == ["a"]
+    assert fsspec.filesystem("memory").cat("/box/out/a") == b"1"
