@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ldm_ops.describe import ModelFacts
 from pipelines import manifest
 from pipelines.commit import commit
-from pipelines.errors import JobError, OutputHeldByOther
+from pipelines.errors import JobError, NotWhole, OutputHeldByOther
 from pipelines.job import ROW_PARAMETERS, Job, digest
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
 from pipelines.source import Chunk, read_source
@@ -171,7 +171,7 @@ def read_plans(store: Store) -> list[Plan]:
             claim = store.read(name)
             body = store.read(f"{PLANS}/{json.loads(claim)['plan_id']}/plan.json") if claim else None
             if body is None:
-                raise OutputHeldByOther(f"{store.uri(name)} names a plan that is not there; choose a new sink.path")
+                raise NotWhole(f"{store.uri(name)} names a plan that is not there; choose a new sink.path")
             plans.append(Plan.from_json(body))
     return plans
 
@@ -193,12 +193,12 @@ def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) ->
         )
 
 
-def read_shard(store: Store, shard: Shard) -> pa.Table:
+def read_shard(store: Store, file: str, row_group: int) -> pa.Table:
     """The planned rows of one shard."""
-    data = store.read(shard.file)
+    data = store.read(file)
     if data is None:
-        raise OutputHeldByOther(f"{store.uri(shard.file)} is gone; the plan cannot be followed; choose a new sink.path")
-    return pq.ParquetFile(io.BytesIO(data)).read_row_group(shard.row_group)
+        raise NotWhole(f"{store.uri(file)} is gone; the plan cannot be followed; choose a new sink.path")
+    return pq.ParquetFile(io.BytesIO(data)).read_row_group(row_group)
 
 
 class _Planner:

@@ -14,12 +14,13 @@ LINE_EVERY_S = 10.0
 class Progress:
     """A `runner.Listener` that writes to a stream. The ETA goes by work (steps × pixels), not by rows."""
 
-    def __init__(self, stream: TextIO | None = None, now: float | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.num_rows = self.num_failed = self.total_rows = 0
         self.cost = self.total_cost = 0.0
         self.begun: float | None = None
+        self.first: tuple[float, float] | None = None
         self.last_line = 0.0
         self.stopped = False
 
@@ -45,6 +46,7 @@ class Progress:
         self.num_rows += num_rows
         self.num_failed += num_failed
         self.cost += cost
+        self.first = self.first or (time.monotonic(), self.cost)
         self._show()
 
     def stopping(self) -> None:
@@ -64,9 +66,15 @@ class Progress:
             words.append(f"{self.num_rows / seconds:.1f} rows/s")
         if self.num_failed:
             words.append(f"{self.num_failed} failed")
-        if 0 < self.cost < self.total_cost:
-            words.append(f"ETA {_span(seconds * (self.total_cost - self.cost) / self.cost)}")
+        if (left := self.seconds_left(time.monotonic())) is not None:
+            words.append(f"ETA {_span(left)}")
         return " · ".join(words)
+
+    def seconds_left(self, now: float) -> float | None:
+        """From the work done since the first receipt, so that loading the model does not blur it; None when unknown."""
+        if self.first is None or not self.first[1] < self.cost < self.total_cost:
+            return None
+        return (now - self.first[0]) * (self.total_cost - self.cost) / (self.cost - self.first[1])
 
     def _show(self) -> None:
         if self.live and not self.stopped:

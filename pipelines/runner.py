@@ -27,6 +27,7 @@ from pipelines.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_TERMINATED,
+    JobError,
     LdmError,
     NotWhole,
     RunFailed,
@@ -35,6 +36,7 @@ from pipelines.job import Job
 from pipelines.planner import Plan, Planned, Shard, plan, read_plans, read_shard
 from pipelines.sink import ShardWriter
 from pipelines.storage import Store
+from pipelines.weights import Weights, identify
 from pipelines.worker import Worker
 
 if TYPE_CHECKING:
@@ -165,7 +167,9 @@ def _execute(
     pool: Fit,
     listener: Listener | None,
 ) -> Iterator[dict[str, Any]]:
-    stage = Job.model_validate(plan.job).stage
+    # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
+    own = Job.model_validate(plan.job)
+    stage, weights = own.stage, plan_weights(plan, planned)
     receipts = dataset(
         store,
         plan,
@@ -174,7 +178,7 @@ def _execute(
         workers=min(pool.workers, len(todo)),
         worker=(
             stage.bare(),
-            planned.weights,
+            weights,
             plan.batch_size,
             stage.op,
             plan.num_threads,
@@ -182,13 +186,7 @@ def _execute(
             heartbeat.stop_path(run_id),
         ),
         writer=ShardWriter(
-            store,
-            plan.plan_id,
-            job.sink.format,
-            job.sink.quality,
-            run_id,
-            planned.weights.name,
-            planned.weights.revision,
+            store, plan.plan_id, own.sink.format, own.sink.quality, run_id, weights.name, weights.revision
         ),
     )
     if listener:
@@ -205,6 +203,25 @@ def _execute(
         raise plain_error(error) from error
 
 
+def plan_weights(plan: Plan, planned: Planned) -> Weights:
+    """The weights that a plan was made for.
+
+    Raises:
+        JobError: they are no longer what they were.
+    """
+    wanted = plan.settings["stages.0.model_revision"]
+    if planned.weights.revision == wanted:
+        return planned.weights
+    stage = Job.model_validate(plan.job).stage
+    weights, _ = identify(stage.model, stage.revision, stage.variant, planned.weights.storage_options)
+    if weights.revision != wanted:
+        raise JobError(
+            f"model {stage.model} has changed since plan {plan.plan_id} was made ({wanted}, now {weights.revision}); "
+            "put the old weights back, or choose a new sink.path"
+        )
+    return weights
+
+
 def dataset(
     store: Store, plan: Plan, todo: list[Shard], pool: Fit, workers: int, worker: tuple[Any, ...], writer: ShardWriter
 ) -> ray.data.Dataset:
@@ -213,15 +230,14 @@ def dataset(
 
     name = worker[3]
 
-    def load_shard(ids: pa.Table) -> pa.Table:
-        return read_shard(store, todo[ids["id"][0].as_py()])
+    def load_shard(place: pa.Table) -> pa.Table:
+        return read_shard(store, **place.to_pylist()[0])
 
     # In memory: Ray's own range would add read tasks of one whole CPU each, for which a small machine has no room.
-    ids = ray.data.from_arrow([pa.table({"id": [i]}) for i in range(len(todo))])
-
+    places = ray.data.from_arrow([pa.table({"file": [s.file], "row_group": [s.row_group]}) for s in todo])
     # A class of its own per op, or Ray's dashboard calls every stage by the same name.
     worker_class = type(name.title(), (Worker,), {})
-    shards = ids.map_batches(load_shard, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    shards = places.map_batches(load_shard, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     with warnings.catch_warnings():
         # Ray's default restarts a worker for ever; the finite limits have no named parameter yet (Ray 2.60).
         warnings.simplefilter("ignore")

@@ -151,7 +151,7 @@ class Store:
         Raises:
             StorageError: it does not, with what to do.
         """
-        path = f"_ldm/probe/{uuid.uuid4().hex}"
+        path = f"_ldm/probe-{uuid.uuid4().hex}"
         self.write(path, b"ldm-batch checks that it may write here\n")
         self.delete(path)
 

@@ -112,6 +112,15 @@ def test_a_table_that_grows_gets_only_its_new_rows_made(
     assert reader.contents(tmp_path) == undisturbed
 
 
+def test_an_extended_output_finishes_the_old_plan_as_it_was_begun(make_job: MakeJob, tmp_path: Path) -> None:
+    pipelines.plan(make_job(source={"rows": ["a", "b"]}))
+    summary = run(make_job(source={"rows": ["a", "b"]}, stage={"num_inference_steps": 3, "batch_size": 1}), extend=True)
+    found = reader.rows(tmp_path / "out")
+    made = sorted((row["prompt"], row["num_inference_steps"], row["batch_size"]) for row in found)
+    assert made == [("a", 2, 2), ("a", 3, 1), ("b", 2, 2), ("b", 3, 1)]
+    assert summary.totals.num_planned == 4
+
+
 def test_on_s3_with_lost_replies_and_refusals_the_bytes_are_the_same(
     tiny_model: Path, s3_endpoint: str, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
