@@ -53,8 +53,17 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def device_name() -> str:
-    """What a manifest says of the machine: the GPU's name, or cpu."""
+def device_name(device: str) -> str:
+    """What a manifest says of a device: the GPU's name, mps or cpu."""
     import torch
 
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
+    return str(torch.cuda.get_device_name(device)) if device.startswith("cuda") else device
+
+
+def free_memory() -> None:
+    """Give cached device memory back, so that a smaller batch finds room."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

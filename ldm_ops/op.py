@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from ldm_ops.device import Device
+
 Row = Mapping[str, Any]
 
 
@@ -22,7 +24,9 @@ class Op(BaseModel, ABC):
 
     reads: ClassVar[frozenset[str]]
     writes: ClassVar[frozenset[str]]
-    run_only: ClassVar[frozenset[str]] = frozenset()
+    device: Device = "auto"
+
+    run_only: ClassVar[frozenset[str]] = frozenset({"device"})
     """Fields that change how the work is done but not what comes out: they are no part of a row's key."""
 
     @abstractmethod
@@ -41,8 +45,9 @@ class Op(BaseModel, ABC):
     @staticmethod
     def is_out_of_memory(error: BaseException) -> bool:
         """Whether a smaller batch may help."""
-        # By name: torch is not imported here, and the CPU allocator raises a plain RuntimeError.
-        return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+        # By name: torch is not imported here, and its CPU allocator raises a plain RuntimeError.
+        named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+        return named or "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 class RowRefused(ValueError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from ldm_ops.device import Device, Dtype, pick_device, pick_dtype
+from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.schedulers import make_scheduler, scheduler_name
 
@@ -71,7 +71,6 @@ class Txt2Img(Op):
         }
     )
     writes: ClassVar[frozenset[str]] = frozenset({"image", "nsfw", "intermediates"})
-    run_only: ClassVar[frozenset[str]] = frozenset({"device"})
 
     model: Annotated[str, StringConstraints(min_length=1)] = Field(
         description="builtin:NAME, a hub id such as org/name, a local folder, or s3://… / gs://… of one"
@@ -86,7 +85,6 @@ class Txt2Img(Op):
     width: int | None = Field(None, ge=8, description="px; the model's own size where left out")
     num_images_per_prompt: int = Field(1, ge=1, le=10_000)
     dtype: Dtype = Field("auto", description="auto is bf16 on a GPU that has it, else fp16; fp32 on a CPU")
-    device: Device = "auto"
     safety_checker: SafetyPolicy | None = Field(
         None, description="what to do with a flagged picture; flag where the model has a checker, if left out"
     )
@@ -178,7 +176,7 @@ class Txt2Img(Op):
             "generator": [torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
             "output_type": "pt",
         }
-        if any(row["negative_prompt"] for row in rows):
+        if first["negative_prompt"]:
             arguments["negative_prompt"] = [row["negative_prompt"] or "" for row in rows]
         if kept is not None:
             arguments["callback_on_step_end"] = kept

@@ -71,12 +71,16 @@ def init(
     from importlib.resources import files
 
     with one_line_errors(as_json):
-        table = path.with_name("prompts.csv")
+        if path.is_dir():
+            path = path / "job.yaml"
+        table = path.with_suffix(".csv")
         starter = files("pipelines") / "starter"
         job = (starter / "job.yaml").read_text(encoding="utf-8").replace("PROMPTS", str(table))
-        for target, text in ((path, job), (table, (starter / "prompts.csv").read_text(encoding="utf-8"))):
+        texts = {path: job, table: (starter / "prompts.csv").read_text(encoding="utf-8")}
+        for target in texts:
             if target.exists():
                 _fail(f"{target} exists already; choose another name: ldm-batch init my-job.yaml", 2, as_json)
+        for target, text in texts.items():
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text, encoding="utf-8")
@@ -193,7 +197,7 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
     return {
         "plan_id": planned.plans[-1].plan_id if planned.plans else None,
         "num_source_rows": planned.num_source_rows,
-        "num_pictures": planned.num_rows,
+        "num_rows": planned.num_rows,
         "num_duplicates": planned.num_duplicates,
         "num_known": planned.num_known,
         "num_wrong": planned.num_wrong,

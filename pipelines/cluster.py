@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipelines.errors import JobError
+from pipelines.errors import JobError, RunFailed
 from pipelines.job import Pool
 
 TASK_CPUS = 0.25
@@ -39,12 +39,19 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
-        ray.init(
-            address=address,
-            include_dashboard=False if address is None else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False if address is None else None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            at = f"--address {address}: " if address else ""
+            raise RunFailed(
+                f"{at}no Ray cluster could be reached or started ({reason}); try without --address"
+            ) from None
     quiet_ray_data()
     try:
         yield

@@ -59,7 +59,7 @@ class Heartbeat:
         self._thread.join(timeout=BEAT_S)
 
     def _beat(self) -> None:
-        # A connection of its own: fsspec's clients are not shared between threads here.
+        # A connection of its own, so that a beat never waits behind the run's uploads.
         store = Store(self.store.url, self.store.storage_options)
         while not self._over.wait(BEAT_S):
             try:
@@ -69,7 +69,10 @@ class Heartbeat:
 
 
 def live_runs(store: Store, own: str) -> list[dict[str, Any]]:
-    """Other runs that seem alive; `own` has beaten already, its time is the store's present."""
+    """Older runs that seem alive; `own` has beaten already, its time is the store's present.
+
+    Only older ones: of two that start together one has to go on, and one that was refused must not refuse the next.
+    """
     listing = store.list(RUNS)
     now = listing[f"{RUNS}/{own}/heartbeat.json"].modified_s
     alive = []
@@ -77,7 +80,7 @@ def live_runs(store: Store, own: str) -> list[dict[str, Any]]:
         if not path.endswith("/heartbeat.json"):
             continue
         folder = path.removesuffix("/heartbeat.json")
-        if folder == f"{RUNS}/{own}" or f"{folder}/ended.json" in listing or now - info.modified_s > DEAD_AFTER_S:
+        if folder >= f"{RUNS}/{own}" or f"{folder}/ended.json" in listing or now - info.modified_s > DEAD_AFTER_S:
             continue
         body = store.read(path)
         run = json.loads(body) if body else {}

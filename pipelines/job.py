@@ -148,14 +148,15 @@ class Job(Section):
 
     def output_settings(self) -> dict[str, Any]:
         """All that changes what comes out except the table's content, flat: {"stages.0.guidance_scale": 7.5, …}."""
-        stages = [
-            stage.model_dump(mode="json", exclude=set(Pool.model_fields) | stage.run_only) for stage in self.stages
-        ]
+        stage_spelling = {"model", "revision"}
+        # Not how a model is spelled or where a table lies: the weights' digest and the rows' keys say what they are.
+        not_output = set(Pool.model_fields) | stage_spelling
+        stages = [stage.model_dump(mode="json", exclude=not_output | stage.run_only) for stage in self.stages]
         sink = self.sink.model_dump(
             include={"layout", "format"} | ({"quality"} if self.sink.format == "jpeg" else set())
         )
-        source = self.source.model_dump(mode="json", include={"path", "columns", "templates", "matrix"})
-        return flatten({"seed": self.seed, "source": source, "stages": stages, "sink": sink})
+        source = self.source.model_dump(mode="json", include={"columns", "templates", "matrix"})
+        return flatten({"name": self.name, "seed": self.seed, "source": source, "stages": stages, "sink": sink})
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -71,6 +73,7 @@ device batch. `intermediates` lists what `save_intermediates` kept.
 
 FOLDER = "manifest"
 READERS = 16
+_PART = re.compile(rf"^{FOLDER}/[0-9a-f]+/(\d{{6,}})\.parquet$")
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,36 @@ def attempt_of(part: bytes) -> str | None:
 
 def committed_shards(store: Store, plan_id: str) -> set[int]:
     """Shards whose part exists: one listing, nothing read."""
-    prefix = f"{FOLDER}/{plan_id}"
-    return {int(name[len(prefix) + 1 : -len(".parquet")]) for name in store.list(prefix) if name.endswith(".parquet")}
+    return {int(match[1]) for name in store.list(f"{FOLDER}/{plan_id}") if (match := _PART.match(name))}
+
+
+def part_names(store: Store, folder: str = FOLDER) -> list[str]:
+    """Every part under a folder; what somebody moved aside under another name is none."""
+    return sorted(name for name in store.list(folder) if _PART.match(name))
+
+
+def concat(tables: list[pa.Table]) -> pa.Table:
+    """Tables whose columns may differ; a column whose types cannot meet becomes text."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        types: dict[str, set[str]] = {}
+        for table in tables:
+            for field in table.schema:
+                types.setdefault(field.name, set()).add(str(field.type))
+        texts = []
+        for table in tables:
+            for i, name in enumerate(table.column_names):
+                if len(types[name] - {"null"}) > 1 and not pa.types.is_string(table[name].type):
+                    table = table.set_column(i, name, as_text(table[name].to_pylist()))
+            texts.append(table)
+        return pa.concat_tables(texts, promote_options="permissive")
+
+
+def as_text(values: list[Any]) -> pa.Array:
+    """Values of any kind as text: strings as they are, all else as JSON."""
+    texts = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values]
+    return pa.array([t if t is None else t.encode("utf-8", "replace").decode() for t in texts], pa.string())
 
 
 def read_parts(store: Store, paths: Iterable[str]) -> list[tuple[str, PartHead, bytes]]:
@@ -157,9 +188,9 @@ def read_manifest(
         NotWhole: a part is cut off.
     """
     store = Store(path, storage_options)
-    parts = read_parts(store, (name for name in store.list(FOLDER) if name.endswith(".parquet")))
+    parts = read_parts(store, part_names(store))
     tables = [pq.read_table(io.BytesIO(part), columns=columns).replace_schema_metadata(None) for _, _, part in parts]
     if not tables:
         schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
         return schema.empty_table()
-    return pa.concat_tables(tables, promote_options="permissive")
+    return concat(tables)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from ldm_ops.describe import ModelFacts
 from pipelines import manifest
+from pipelines.blocks import RESULT_FIELDS
 from pipelines.commit import commit
 from pipelines.errors import JobError, NotWhole, OutputHeldByOther
 from pipelines.job import ROW_PARAMETERS, Job, digest
@@ -37,7 +38,8 @@ AUTO_MAX_BATCHES = 8
 AUTO_MAX_PIXEL_BYTES = 192 << 20
 
 BUCKET = ("height", "width", "num_inference_steps", "scheduler", "guidance_scale")
-"""What must be equal inside one device batch."""
+"""What must be equal inside one device batch; beside it, whether there is a negative prompt at all: some pipelines
+(SDXL) treat none and an empty one differently, and a row must not notice its neighbours."""
 
 OWN_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
@@ -55,6 +57,8 @@ OWN_FIELDS = [
     pa.field("problem", pa.string()),
 ]
 LATER_FIELDS = ("num_duplicates", "batch", "shard")
+RESERVED = {f.name for f in [*manifest.SCHEMA, *OWN_FIELDS, *RESULT_FIELDS]} | set(LATER_FIELDS)
+"""Names that a column that passes through cannot keep."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,13 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
     store = Store(job.sink.path, job.sink.storage_options)
     while True:
         plans = read_plans(store)
-        if plans and not extend:
+        if plans and not extend and not any(_same(p.settings, planner.settings) for p in plans):
             refuse_other_job(store, plans[-1].settings, planner.settings)
         planned = planner.plan(plans, store)
         if planned.new is None or planned.table is None:
             return planned
+        # Before the claim: a crash in between must not leave a mark that says too much.
+        store.delete("_SUCCESS")
         _write_rows(store, planned.new, planned.table)
         store.write(f"{PLANS}/{planned.new.plan_id}/plan.json", planned.new.to_json())
         claim = json.dumps({"plan_id": planned.new.plan_id}).encode()
@@ -159,7 +165,6 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
         )
         if outcome == "mine":
             store.write("_ldm/job.yaml", job.resolved_yaml().encode())
-            store.delete("_SUCCESS")
             return planned
 
 
@@ -176,21 +181,23 @@ def read_plans(store: Store) -> list[Plan]:
     return plans
 
 
+def _same(held: dict[str, Any], now: dict[str, Any]) -> bool:
+    return bool(held == json.loads(json.dumps(now)))
+
+
 def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise OutputHeldByOther with the difference, if there is one."""
-    held = json.loads(json.dumps(held))
+    """Raise OutputHeldByOther with the difference."""
     now = json.loads(json.dumps(now))
     changes = [
         f"{name} {held.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(held.keys() | now.keys())
         if held.get(name) != now.get(name)
     ]
-    if changes:
-        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-        raise OutputHeldByOther(
-            f"{store.url} holds another job ({'; '.join(changes[:4])}{more}): choose a new sink.path, or pass --extend "
-            "to add the changed rows beside the old ones"
-        )
+    more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+    raise OutputHeldByOther(
+        f"{store.url} holds another job ({'; '.join(changes[:4])}{more}): choose a new sink.path, or pass --extend "
+        "to add the changed rows beside the old ones"
+    )
 
 
 def read_shard(store: Store, file: str, row_group: int) -> pa.Table:
@@ -253,7 +260,7 @@ class _Planner:
         if num_wrong == num_pictures:
             raise JobError("\n".join(problems) + "\nno row can be made")
         del ids, known
-        table = _concat(tables)
+        table = manifest.concat(tables) if tables else pa.schema(OWN_FIELDS).empty_table()
         new: Plan | None = None
         buckets: list[dict[str, Any]] = []
         if table.num_rows:
@@ -285,7 +292,7 @@ class _Planner:
                 continue
             take = min(left, chunk.num_rows)
             left -= take
-            yield Chunk(chunk.uri, chunk.first_row, take, {n: c[:take] for n, c in chunk.columns.items()})
+            yield replace(chunk, num_rows=take, columns={n: c[:take] for n, c in chunk.columns.items()})
             if left == 0:
                 return
 
@@ -296,6 +303,8 @@ class _Planner:
         for name in BUCKET:
             codes = np.asarray(pc.fill_null(table[name].combine_chunks().dictionary_encode().indices, -1))
             change[1:] |= codes[1:] != codes[:-1]
+        negative = np.asarray(_has_negative(table))
+        change[1:] |= negative[1:] != negative[:-1]
         starts = np.flatnonzero(change)
         bucket = np.cumsum(change) - 1
         within = np.arange(table.num_rows) - starts[bucket]
@@ -381,47 +390,50 @@ def _table(chunk: Chunk, rows: list[PlannedRow], used: set[str]) -> pa.Table:
     }
     arrays = [pa.array(columns[f.name], f.type) for f in OWN_FIELDS]
     fields = list(OWN_FIELDS)
-    taken = set(manifest.SCHEMA.names) | {f.name for f in OWN_FIELDS} | set(LATER_FIELDS)
+    taken = RESERVED | set(chunk.columns)
     for name, values in chunk.columns.items():
         if name in used:
             continue
         array = _passed_through([values[row.source_index] for row in rows])
-        fields.append(pa.field(f"input.{name}" if name in taken else name, array.type))
+        free = name
+        while free in taken and (free != name or name in RESERVED):
+            free = f"input.{free}"
+        fields.append(pa.field(free, array.type))
         arrays.append(array)
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
 def _passed_through(values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values)
+        array = pa.array(values)
+        if not _has_empty_struct(array.type):  # Parquet has no place for one.
+            return array
     except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError):
-        texts = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in values]
-        return pa.array([t if t is None else t.encode("utf-8", "replace").decode() for t in texts], pa.string())
+        pass
+    return manifest.as_text(values)
 
 
-def _concat(tables: list[pa.Table]) -> pa.Table:
-    if not tables:
-        return pa.schema(OWN_FIELDS).empty_table()
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException:
-        # Chunks disagree on the type of a column that passes through: keep it as text.
-        own = {f.name for f in OWN_FIELDS}
-        texts = []
-        for table in tables:
-            for i, name in enumerate(table.column_names):
-                if name not in own and not pa.types.is_string(table[name].type):
-                    values = [None if v is None else json.dumps(v, default=str) for v in table[name].to_pylist()]
-                    table = table.set_column(i, name, pa.array(values, pa.string()))
-            texts.append(table)
-        return pa.concat_tables(texts, promote_options="permissive")
+def _has_empty_struct(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_) and type_.num_fields == 0:
+        return True
+    return any(_has_empty_struct(type_.field(i).type) for i in range(type_.num_fields))
 
 
 def _sorted(table: pa.Table) -> pa.Table:
     # Expensive rows first, so that the end of a run does not wait for one of them; the key makes the order total.
     order = [("height", "descending"), ("width", "descending"), ("num_inference_steps", "descending")]
-    keys = [*order, ("guidance_scale", "descending"), ("scheduler", "ascending"), ("key", "ascending")]
-    return table.combine_chunks().take(pc.sort_indices(table, sort_keys=keys))
+    rest = [
+        ("guidance_scale", "descending"),
+        ("scheduler", "ascending"),
+        ("negative", "ascending"),
+        ("key", "ascending"),
+    ]
+    indices = pc.sort_indices(table.append_column("negative", _has_negative(table)), sort_keys=[*order, *rest])
+    return table.combine_chunks().take(indices)
+
+
+def _has_negative(table: pa.Table) -> Any:
+    return pc.fill_null(pc.not_equal(table["negative_prompt"], ""), False)
 
 
 def _known_keys(plans: list[Plan], store: Store) -> Iterator[str]:

@@ -59,7 +59,7 @@ class Progress:
         self._clear()
 
     def describe(self) -> str:
-        """32/64 pictures · 4.2/s · 1 failed · 8 s left"""
+        """32/64 pictures · 4.2 rows/s · 1 failed · ETA 8 s"""
         seconds = max(1e-9, time.monotonic() - (self.begun or time.monotonic()))
         words = [f"{self.num_rows}/{self.total_rows} pictures"]
         if self.num_rows:

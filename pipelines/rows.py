@@ -175,6 +175,9 @@ class Resolver:
             for values in product(*(values for _, values in self.axes))
         ]
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+        # The same table has to give the same prompts.
+        environment.filters.pop("random")
+        environment.globals.pop("lipsum")
         self.templates: dict[str, Template] = {}
         for field, text in source.templates.items():
             try:
@@ -213,10 +216,15 @@ class Resolver:
             JobError: no prompt, a mapped column that is not there, or a column that a matrix axis would override.
         """
         there = ", ".join(repr(name) for name in list(chunk.columns)[:12]) or "none"
+        for name in chunk.columns:
+            if not isinstance(name, str) or name.encode("utf-8", "replace").decode() != name:
+                raise JobError(f"{chunk.uri}: column {name!r} has a name that is no text; rename it")
+        # Rows that are mappings may leave a field out: the first of them tell what there is.
+        first = chunk.has_header or chunk.first_row == 1
         for ours, theirs in self.job.source.columns.items():
-            if theirs not in chunk.columns:
+            if first and theirs not in chunk.columns:
                 raise JobError(f"{chunk.uri}: source.columns.{ours}: no column {theirs!r}; the table has {there}")
-        if "prompt" not in self.templates and self.column("prompt") not in chunk.columns:
+        if first and "prompt" not in self.templates and self.column("prompt") not in chunk.columns:
             raise JobError(
                 f"{chunk.uri}: no column 'prompt'; the table has {there}; name it with source.columns: {{prompt: …}}"
             )
@@ -241,11 +249,22 @@ class Resolver:
                 if values[0] is None or not values[0].strip():
                     raise Wrong("prompt is empty")
             except Wrong as error:
-                everything = json.dumps([chunk.columns[name][i] for name in sorted(chunk.columns)], default=str)
-                key = hashlib.sha256(f"wrong\0{self.fixed}\0{everything}".encode("utf-8", "replace")).hexdigest()[:32]
-                yield PlannedRow(key, None, (None,) * len(ROW_PARAMETERS), i, str(error))
+                yield self._wrong(chunk, raw, i, str(error))
                 continue
             yield from self._expand(row_id, values, i)
+
+    def _wrong(self, chunk: Chunk, raw: dict[str, list[Any] | None], i: int, problem: str) -> PlannedRow:
+        # Without empty cells: a column that another row brings along must not make this one a new row.
+        cells = {n: column[i] for n, column in sorted(chunk.columns.items()) if not _missing(column[i])}
+        text = f"wrong\0{self.fixed}\0{json.dumps(cells, default=str)}"
+        key = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+        readable = {
+            name: column[i][:MAX_ID_CHARS].encode("utf-8", "replace").decode()
+            for name in ("id", "prompt")
+            if (column := raw[name]) is not None and isinstance(column[i], str)
+        }
+        values = (readable.get("prompt"), *(None,) * (len(ROW_PARAMETERS) - 1))
+        return PlannedRow(key, readable.get("id") or None, values, i, problem)
 
     def _value(self, name: str, column: list[Any] | None, i: int) -> Any:
         value = None if column is None else column[i]
@@ -268,10 +287,11 @@ class Resolver:
 
     def _render(self, field: str, template: Template, chunk: Chunk, i: int) -> str:
         try:
-            text = template.render({name: column[i] for name, column in chunk.columns.items()})
+            cells = {name: column[i] for name, column in chunk.columns.items()}
+            text = template.render({name: cell for name, cell in cells.items() if cell is not None})
         except UndefinedError as error:
-            raise Wrong(f"template {field}: {error}; the table has {', '.join(chunk.columns)}") from None
-        except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError) as error:
+            raise Wrong(f"template {field}: {error} in this row; the table has {', '.join(chunk.columns)}") from None
+        except Exception as error:  # noqa: BLE001 - a template can raise whatever Python can
             raise Wrong(f"template {field}: {error}") from None
         return str(self.readers[field](text))
 
@@ -285,9 +305,11 @@ class Resolver:
                     made[ROW_PARAMETERS.index(name)] = value
                 seed = made[2]
                 # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
-                made[2] = (
-                    derived_seed(self.job.seed, row_id or made[0], image) if seed is None else (seed + image) % 2**63
-                )
+                if seed is None:
+                    made[2] = derived_seed(self.job.seed, row_id or made[0], image)
+                elif image:
+                    # Not seed + 1, which is often the next row's own seed.
+                    made[2] = derived_seed(seed, "", image)
                 own_id = f"{row_id}#{n}" if several and row_id is not None else row_id
                 n += 1
                 text = json.dumps([self.fixed, own_id, *made], ensure_ascii=False, separators=(",", ":"))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import random
 import signal
 import threading
 import time
@@ -30,6 +32,7 @@ from pipelines.errors import (
     JobError,
     LdmError,
     NotWhole,
+    RunAlive,
     RunFailed,
 )
 from pipelines.job import Job
@@ -67,7 +70,7 @@ class Totals:
 
 @dataclass
 class Summary:
-    """How a run ended. `rows_per_s` is over the rows of this run, from the first receipt's work on."""
+    """How a run ended. `rows_per_s` is over the rows that this run committed and its whole time, loading included."""
 
     run_id: str
     output: str
@@ -81,7 +84,7 @@ class Summary:
 
 
 class Listener(Protocol):
-    """What a run tells while it goes on; all numbers count from the start of this run."""
+    """What a run tells while it goes on; `progress` comes once per committed shard, with that shard's numbers."""
 
     def planned(self, planned: Planned, plans: list[tuple[Plan, list[Shard]]]) -> None: ...
 
@@ -110,9 +113,9 @@ def run(
     store.probe()
     run_id = heartbeat.new_run_id()
     with heartbeat.Heartbeat(store, run_id):
-        heartbeat.refuse_if_alive(store, run_id, join, takeover)
         try:
-            summary = _run(job, store, run_id, plan(job, limit, extend), address, listener)
+            heartbeat.refuse_if_alive(store, run_id, join, takeover)
+            summary = _run(job, store, run_id, plan(job, limit, extend), join, address, listener)
         except BaseException as error:
             _end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
             raise
@@ -121,9 +124,13 @@ def run(
 
 
 def _run(
-    job: Job, store: Store, run_id: str, planned: Planned, address: str | None, listener: Listener | None
+    job: Job, store: Store, run_id: str, planned: Planned, join: bool, address: str | None, listener: Listener | None
 ) -> Summary:
     todo = [(p, todo) for p in planned.plans if (todo := unfinished(store, p))]
+    if join:
+        # Another run walks the same lists from the front; where both meet, `load_shard` sees what is done.
+        for _, shards in todo:
+            random.shuffle(shards)
     if listener:
         listener.planned(planned, todo)
     start = time.monotonic()
@@ -131,18 +138,24 @@ def _run(
     code = EXIT_OK
     if todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
-        with stop_on_signals(store, run_id, listener) as stopped, ray_cluster(address):
+        # Ray first: it takes over SIGTERM when it starts.
+        with ray_cluster(address), stop_on_signals(store, run_id, listener) as stopped:
             pool = fit(job.stage, planned.weights.num_bytes)
+            refuse_local_sink(store, job.sink.path)
             for one, shards in todo:
                 if stopped:
                     break
-                receipts.extend(_execute(job, store, run_id, planned, one, shards, pool, listener))
+                receipts.extend(_execute(store, run_id, planned, one, shards, pool, join, listener))
             code = stopped[0] if stopped else EXIT_OK
-    totals = count(store, planned.plans)
+        if not stopped and store.read(heartbeat.stop_path(run_id)) is not None:
+            raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
+    # Read again: a plan may have been added meanwhile.
+    totals = count(store, read_plans(store))
     if code == EXIT_OK:
         write_success(store, totals)
         code = EXIT_DEAD_LETTERS if totals.num_failed else EXIT_OK
-    rows = sum(r["num_ok"] + r["num_failed"] + r["num_filtered"] for r in receipts)
+    mine = [r for r in receipts if r["outcome"] == "mine"]
+    rows = sum(r["num_ok"] + r["num_failed"] + r["num_filtered"] for r in mine)
     duration = time.monotonic() - start
     return Summary(
         run_id=run_id,
@@ -158,26 +171,29 @@ def _run(
 
 
 def _execute(
-    job: Job,
     store: Store,
     run_id: str,
     planned: Planned,
     plan: Plan,
     todo: list[Shard],
     pool: Fit,
+    join: bool,
     listener: Listener | None,
 ) -> Iterator[dict[str, Any]]:
     # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
     own = Job.model_validate(plan.job)
     stage, weights = own.stage, plan_weights(plan, planned)
+    op = stage.bare()
+    if not stage.num_gpus and op.device == "auto":
+        # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
+        op = op.model_copy(update={"device": "cpu"})
     receipts = dataset(
         store,
-        plan,
         todo,
         pool,
         workers=min(pool.workers, len(todo)),
         worker=(
-            stage.bare(),
+            op,
             weights,
             plan.batch_size,
             stage.op,
@@ -188,6 +204,7 @@ def _execute(
         writer=ShardWriter(
             store, plan.plan_id, own.sink.format, own.sink.quality, run_id, weights.name, weights.revision
         ),
+        join=join,
     )
     if listener:
         listener.started()
@@ -201,6 +218,22 @@ def _execute(
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
     except Exception as error:
         raise plain_error(error) from error
+
+
+def refuse_local_sink(store: Store, path: str) -> None:
+    """Refuse to scatter an output over the disks of several nodes.
+
+    Raises:
+        JobError: `file://` in front says that the folder is shared.
+    """
+    import ray
+
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if store.local is not None and nodes > 1 and not path.startswith("file://"):
+        raise JobError(
+            f"sink.path {path} is a folder of one machine, the cluster has {nodes} nodes; use s3://…, or "
+            "file:///… for a folder that all of them share"
+        )
 
 
 def plan_weights(plan: Plan, planned: Planned) -> Weights:
@@ -223,18 +256,32 @@ def plan_weights(plan: Plan, planned: Planned) -> Weights:
 
 
 def dataset(
-    store: Store, plan: Plan, todo: list[Shard], pool: Fit, workers: int, worker: tuple[Any, ...], writer: ShardWriter
+    store: Store,
+    todo: list[Shard],
+    pool: Fit,
+    workers: int,
+    worker: tuple[Any, ...],
+    writer: ShardWriter,
+    join: bool,
 ) -> ray.data.Dataset:
-    """The whole pipeline, lazily; one shard is one block from end to end."""
+    """The whole pipeline, lazily; one shard is one block from end to end. `join` skips shards that are done by now."""
     import ray.data
 
     name = worker[3]
 
     def load_shard(place: pa.Table) -> pa.Table:
-        return read_shard(store, **place.to_pylist()[0])
+        file, row_group, part = (place[name][0].as_py() for name in place.column_names)
+        rows = read_shard(store, file, row_group)
+        return rows.slice(0, 0) if part and store.read(part) is not None else rows
 
     # In memory: Ray's own range would add read tasks of one whole CPU each, for which a small machine has no room.
-    places = ray.data.from_arrow([pa.table({"file": [s.file], "row_group": [s.row_group]}) for s in todo])
+    parts = [manifest.part_path(s.plan_id, s.index) if join else "" for s in todo]
+    places = ray.data.from_arrow(
+        [
+            pa.table({"file": [shard.file], "row_group": [shard.row_group], "part": [part]})
+            for shard, part in zip(todo, parts, strict=True)
+        ]
+    )
     # A class of its own per op, or Ray's dashboard calls every stage by the same name.
     worker_class = type(name.title(), (Worker,), {})
     shards = places.map_batches(load_shard, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
@@ -261,7 +308,7 @@ def dataset(
 
 
 def unfinished(store: Store, plan: Plan) -> list[Shard]:
-    """The plan's shards that have no part yet, most expensive first."""
+    """The plan's shards that have no part yet, in the plan's order."""
     done = manifest.committed_shards(store, plan.plan_id)
     return [shard for shard in plan.shards if shard.index not in done]
 
@@ -278,7 +325,7 @@ def count(store: Store, plans: list[Plan]) -> Totals:
 
     for one in plans:
         wanted = {manifest.part_path(one.plan_id, shard.index): shard for shard in one.shards}
-        there = [name for name in store.list(f"{manifest.FOLDER}/{one.plan_id}") if name.endswith(".parquet")]
+        there = manifest.part_names(store, f"{manifest.FOLDER}/{one.plan_id}")
         for path, head, part in manifest.read_parts(store, there):
             shard = wanted.get(path)
             if shard is None or head.keys_digest != shard.keys_digest:
@@ -352,8 +399,6 @@ def stop_on_signals(store: Store, run_id: str, listener: Listener | None) -> Ite
         return
 
     def on_signal(number: int, frame: Any) -> None:
-        import os
-
         if stopped:
             os._exit(stopped[0])
         stopped.append(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)

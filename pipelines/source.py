@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import fsspec
 
-from pipelines.errors import JobError, StorageError
+from pipelines.errors import JobError, LdmError
 from pipelines.job import Source
 from pipelines.storage import Store, expand, is_local
 
@@ -32,12 +32,16 @@ MAX_FIELD_CHARS = 1 << 20
 
 @dataclass
 class Chunk:
-    """Some consecutive rows as equally long columns. `first_row` counts from 1, without a header."""
+    """Some consecutive rows as equally long columns. `first_row` counts from 1, without a header.
+
+    `has_header` says that every chunk of the file has the same columns.
+    """
 
     uri: str
     first_row: int
     num_rows: int
     columns: dict[str, list[Any]]
+    has_header: bool = True
 
 
 def read_source(source: Source) -> Iterator[Chunk]:
@@ -69,7 +73,7 @@ def _read_file(uri: str, source: Source) -> Iterator[Chunk]:
     kind = source.format
     if kind == "auto":
         # A compressed table keeps its own ending: prompts.csv.gz.
-        suffixes = [s for s in PurePosixPath(uri).suffixes if s not in (".gz", ".bz2", ".xz", ".zst")]
+        suffixes = [s for s in PurePosixPath(uri).suffixes if s not in (".gz", ".bz2", ".xz")]
         suffix = suffixes[-1].lower() if suffixes else ""
         if suffix not in FORMATS:
             raise JobError(
@@ -91,8 +95,12 @@ def _read_file(uri: str, source: Source) -> Iterator[Chunk]:
         raise JobError(f"{uri}: not UTF-8 (byte {error.object[error.start]:#04x}); save the table as UTF-8") from None
     except PermissionError:
         raise JobError(f"source.path {uri}: not allowed to read it; check its permissions or the credentials") from None
-    except (OSError, StorageError) as error:
-        raise JobError(f"source.path {uri}: cannot be read ({str(error).splitlines()[0]})") from None
+    except LdmError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each codec and each store's client has exceptions of its own
+        refusal = None if is_local(uri) else Store(uri)._refusal(error)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise JobError(f"source.path {uri}: cannot be read ({refusal or reason}); is the copy whole?") from None
 
 
 def _text_formats(uri: str, kind: str, raw: IO[bytes]) -> Iterator[Chunk]:
@@ -140,7 +148,7 @@ def _json_lines(uri: str, text: Iterable[str]) -> Iterator[dict[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise JobError(f"{uri} line {number}: not valid JSON ({error}); one object a line") from None
         if not isinstance(value, dict):
             raise JobError(f"{uri} line {number}: a {type(value).__name__}, not an object; one object a line")
@@ -167,5 +175,7 @@ def _chunks(uri: str, rows: Iterable[dict[str, Any]]) -> Iterator[Chunk]:
     first = 1
     while block := list(islice(stream, CHUNK_ROWS)):
         names = list(dict.fromkeys(name for row in block for name in row))
-        yield Chunk(uri, first, len(block), {name: [row.get(name) for row in block] for name in names})
+        yield Chunk(
+            uri, first, len(block), {name: [row.get(name) for row in block] for name in names}, has_header=False
+        )
         first += len(block)

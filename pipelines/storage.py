@@ -54,7 +54,9 @@ class Store:
         self._fs: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "storage_options": self.storage_options, "_fs": None}
+        # Another process has another working directory.
+        url = str(self.local.absolute()) if self.local is not None else self.url
+        return {"url": url, "storage_options": self.storage_options, "_fs": None}
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -168,7 +170,8 @@ class Store:
                     "retries": {"total_max_attempts": 1},
                     **options.pop("config_kwargs", {}),
                 }
-                options = {"config_kwargs": config, "use_listings_cache": False, **options}
+                options = {"config_kwargs": config, **options}
+            options = {"use_listings_cache": False, **options}
             try:
                 self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
             except (ImportError, ValueError) as error:

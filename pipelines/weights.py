@@ -58,6 +58,8 @@ def identify(
         if model.startswith("builtin:"):
             name = model.removeprefix("builtin:")
             folder = BUILTIN / name
+            if revision or variant:
+                raise JobError(f"model {model}: a built-in model has no revision and no variant; leave them out")
             if name not in builtin_names():
                 raise JobError(f"model {model}: no such built-in model; one of {', '.join(builtin_names())}")
             return _local(model, folder, None), describe(folder)
@@ -66,6 +68,8 @@ def identify(
         folder = Path(model).expanduser()
         if folder.is_dir():
             facts = describe(folder)
+            if variant and not any(folder.rglob(f"*.{variant}*.safetensors")):
+                raise JobError(f"model {model}: no weights of variant {variant} in {folder}; leave `variant` out")
             return _local(model, folder.resolve(), variant), facts
         if not _HUB_ID.match(model) or model.startswith("."):
             raise JobError(
@@ -111,7 +115,7 @@ def fetch(weights: Weights) -> Path:
             raise StorageError(f"model {weights.name}: {weights.location} is not on this node; use s3://… or a hub id")
         return Path(weights.location)
     if weights.kind == "hub":
-        return _hub_folder(weights.location, weights.revision, weights.variant, ["*"])
+        return _hub_folder(weights.location, weights.revision, weights.variant, _hub_patterns(weights.variant))
     target = cache_folder() / weights.revision
     with _one_at_a_time(target):
         if not target.is_dir():
@@ -166,18 +170,17 @@ def _identify_hub(model: str, revision: str | None, variant: str | None) -> tupl
             "weights next year; if a local folder was meant, it is not there"
         )
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     if _COMMIT.match(revision) or constants.HF_HUB_OFFLINE:
         commit = revision
     else:
         try:
             commit = str(HfApi().model_info(model, revision=revision).sha)
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - the hub's client lets its HTTP library's exceptions through
             raise JobError(_hub_problem(model, revision, error)) from None
     folder = _hub_folder(model, commit, variant, ["*.json"])
     commit = folder.name if _COMMIT.match(folder.name) else commit
-    whole = _hub_folder(model, commit, variant, ["*"], offline=True) if _is_cached(folder) else None
+    whole = _hub_folder(model, commit, variant, _hub_patterns(variant), offline=True) if _is_cached(folder) else None
     facts = describe(whole or _with_names(model, commit, folder))
     return Weights(model, commit, "hub", model, variant, weights_bytes(whole) if whole else 0), facts
 
@@ -189,7 +192,6 @@ def _is_cached(folder: Path) -> bool:
 def _with_names(model: str, commit: str, folder: Path) -> Path:
     """A folder with the repository's JSON files and empty stand-ins for the rest, so that `describe` can look."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     facts = cache_folder() / f"{commit}.facts"
     with _one_at_a_time(facts):
@@ -198,7 +200,7 @@ def _with_names(model: str, commit: str, folder: Path) -> Path:
             shutil.copytree(folder, partial)
             try:
                 names = HfApi().list_repo_files(model, revision=commit)
-            except (HfHubHTTPError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 raise JobError(_hub_problem(model, commit, error)) from None
             for name in names:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -207,15 +209,28 @@ def _with_names(model: str, commit: str, folder: Path) -> Path:
     return facts
 
 
-def _hub_folder(model: str, revision: str, variant: str | None, patterns: list[str], offline: bool = False) -> Path:
+def _hub_folder(model: str, revision: str, variant: str | None, wanted: list[str], offline: bool = False) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = patterns if patterns != ["*"] else list(WANTED)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=offline))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=wanted,
+                # Other variants of the same weights (model.fp16.safetensors) double the download.
+                ignore_patterns=None if variant else "*/*.*.safetensors",
+                local_files_only=offline,
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - the hub's client lets its HTTP library's exceptions through
         raise JobError(_hub_problem(model, revision, error)) from None
+
+
+def _hub_patterns(variant: str | None) -> list[str]:
+    """What a pipeline needs of a repository; a checkpoint in one file at the top is something else."""
+    weights = [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"] if variant else ["*/*.safetensors"]
+    return ["*.json", "*.txt", "*.model", *weights]
 
 
 def _hub_problem(model: str, revision: str, error: BaseException) -> str:

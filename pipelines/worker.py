@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ldm_ops.device import device_name, set_threads
+from ldm_ops.device import device_name, free_memory, set_threads
 from ldm_ops.op import Op, Row, RowRefused
 from pipelines.blocks import RESULT_FIELDS, pack
 from pipelines.storage import Store
@@ -33,7 +33,8 @@ class Worker:
         self.store = store
         self.stop_path = stop_path
         self.model = op.load(fetch(weights))
-        self.device = device_name()
+        self.device = device_name(op.device)
+        self.safe_size: dict[tuple[int, int], int] = {}
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, shard: pa.Table) -> pa.Table:
@@ -56,7 +57,9 @@ class Worker:
                 for row in rows
             ]
         start = time.perf_counter()
-        results = make(self.op, self.model, rows, self.batch_size)
+        shape = (rows[0]["height"], rows[0]["width"])
+        results = make(self.op, self.model, rows, self.safe_size.get(shape, self.batch_size))
+        self.safe_size[shape] = min(result["batch_size"] for result in results)
         each = (time.perf_counter() - start) / len(rows)
         common = {"stage": self.stage, "device": self.device, "worker": self.name, "duration_s": each}
         return [{**common, **result} for result in results]
@@ -65,26 +68,29 @@ class Worker:
 def make(op: Op, model: Any, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
     """One result per row; never raises for a row's fault.
 
-    The batch is padded to `size` with its last row, so the device sees one shape. Where it raises, it is halved (and
-    padded again) until the row that cannot be done is alone; where memory is short, the shape itself is halved, which
-    changes the last bits and is therefore recorded in the row's `batch_size`.
+    Each device batch is padded to `size` with its last row, so the device sees one shape. Where it raises, it is halved
+    (and padded again) until the row that cannot be done is alone; where memory is short, the shape itself is halved,
+    which changes the last bits and is therefore recorded in the row's `batch_size`.
     """
-    padded = [*rows, *[rows[-1]] * (size - len(rows))]
+    if len(rows) > size:
+        pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [result for piece in pieces for result in make(op, model, piece, size)]
     try:
-        outputs = op.run(model, padded)[: len(rows)]
+        outputs = op.run(model, [*rows, *[rows[-1]] * (size - len(rows))])[: len(rows)]
+        return [{**success(output), "batch_size": size} for output in outputs]
     except Exception as error:  # noqa: BLE001 - the one place where any row's fault becomes its own row's failure
         if "CUDA error" in str(error):
             # A poisoned context fails every later row too; only a new process is clean.
             os._exit(1)
-        if op.is_out_of_memory(error) and size > 1:
-            half = -(-size // 2)
-            pieces = [rows[i : i + half] for i in range(0, len(rows), half)]
-            return [result for piece in pieces for result in make(op, model, piece, half)]
-        if len(rows) == 1:
+        short_of_memory = op.is_out_of_memory(error) and size > 1
+        if len(rows) == 1 and not short_of_memory:
             return [{**failure(op, error), "batch_size": size}]
-        middle = len(rows) // 2
-        return make(op, model, rows[:middle], size) + make(op, model, rows[middle:], size)
-    return [{**success(output), "batch_size": size} for output in outputs]
+    # Outside the handler, where the exception no longer holds the failed batch's tensors.
+    if short_of_memory:
+        free_memory()
+        return make(op, model, rows, -(-size // 2))
+    middle = len(rows) // 2
+    return make(op, model, rows[:middle], size) + make(op, model, rows[middle:], size)
 
 
 def success(output: dict[str, Any]) -> dict[str, Any]:

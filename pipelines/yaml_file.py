@@ -15,6 +15,8 @@ from pipelines.errors import JobError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_ALIASES = 100
+MAX_OPEN_BRACKETS = 5000
+MAX_INT_BITS = 256
 
 Loc = tuple[str | int, ...]
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -49,6 +51,9 @@ def read_yaml(text: str, name: str, environ: Mapping[str, str] | None = None) ->
         raise JobError(
             f"{name}: {size} bytes; a job file may have at most {MAX_BYTES}; put long tables into source.path"
         )
+    if _deepest_bracket(text) > MAX_OPEN_BRACKETS:
+        # libyaml's time grows with the square of these.
+        raise JobError(f"{name}: nested deeper than {MAX_DEPTH} levels; flatten it")
     try:
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader))
         if aliases > MAX_ALIASES:
@@ -73,6 +78,14 @@ def read_yaml(text: str, name: str, environ: Mapping[str, str] | None = None) ->
     return document
 
 
+def _deepest_bracket(text: str) -> int:
+    depth = deepest = 0
+    for match in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if match[0] in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
 class _Builder:
     def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
         self.document = document
@@ -93,9 +106,11 @@ class _Builder:
             return [self.build(child, (*loc, i)) for i, child in enumerate(node.value)]
         try:
             value = yaml.SafeLoader("").construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
-            problem = getattr(error, "problem", None) or str(error)
+        except Exception as error:  # noqa: BLE001 - PyYAML's constructors let KeyError and others through
+            problem = getattr(error, "problem", None) or f"{node.value[:40]!r} is no {node.tag.rpartition(':')[2]}"
             raise JobError(f"{at}: not valid YAML: {problem}") from None
+        if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+            raise JobError(f"{at}: a whole number of {value.bit_length()} bits; no field takes one as large")
         return self._expand(value, at) if isinstance(value, str) else value
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
@@ -135,10 +150,14 @@ def override(document: Document, assignment: str) -> None:
     steps = path.strip().split(".")
     if not equals or not all(steps):
         raise JobError(f"--set {assignment}: expected path=value, such as stages.0.num_inference_steps=30")
+    if assignment.encode("utf-8", "replace").decode() != assignment:
+        raise JobError(f"--set {assignment!r}: not UTF-8 text")
     try:
         value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except Exception:  # noqa: BLE001 - what YAML cannot read is the text itself
         value = text
+    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        raise JobError(f"--set {path}: a whole number of {value.bit_length()} bits; no field takes one as large")
     here: Any = document.data
     for i, step in enumerate(steps):
         last = i == len(steps) - 1

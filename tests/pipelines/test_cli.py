@@ -56,6 +56,7 @@ def test_a_new_user_gets_from_init_to_pictures(ldm_batch: LdmBatch, tmp_path: Pa
     assert "ldm-batch check job.yaml" in made.stdout
     checked = ldm_batch("check", "job.yaml", cwd=tmp_path)
     assert (checked.returncode, "job.yaml is fine" in checked.stdout) == (0, True)
+    assert (tmp_path / "job.csv").exists()
     again = ldm_batch("init", cwd=tmp_path)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
     ran = ldm_batch("run", "job.yaml", "--set", "stages.0.num_inference_steps=2", cwd=tmp_path)
@@ -75,18 +76,19 @@ def test_a_new_user_gets_from_init_to_pictures(ldm_batch: LdmBatch, tmp_path: Pa
 def test_plan_and_status_speak_json(ldm_batch: LdmBatch, job_file: Callable[..., Path]) -> None:
     path = job_file(num_rows=5)
     planned = json.loads(ldm_batch("plan", path, "--limit", "4", "--json").stdout)
-    assert (planned["num_source_rows"], planned["num_pictures"], planned["num_shards_left"]) == (4, 4, 2)
+    assert (planned["num_source_rows"], planned["num_rows"], planned["num_shards_left"]) == (4, 4, 2)
     assert planned["buckets"][0]["rows"] == 4
     status = json.loads(ldm_batch("status", path, "--json").stdout)
     assert (status["num_planned"], status["num_ok"], status["num_shards_done"]) == (4, 0, 0)
     checked = json.loads(ldm_batch("check", path, "--json").stdout)
-    assert checked["num_pictures"] == 5
+    assert checked["num_rows"] == 5
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["run", "none.yaml"], 2, "none.yaml: no such job file; `ldm-batch init` writes one"),
+        (["run", "jobs/txt2img.yaml", "--address", "127.0.0.1:1", "--set", "sink.path=out/x"], 1, "no Ray could be"),
         (["status", "nowhere"], 4, "nowhere holds no plan of ldm-batch"),
         (["check", "jobs/txt2img.yaml", "--set", "stages.0.batchsize=3"], 2, "did you mean batch_size?"),
         (["check", "jobs/txt2img.yaml", "--set", "source.path=none.csv"], 2, "source.path none.csv: no such file"),
@@ -141,8 +143,9 @@ def wait_for_a_part(out: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError("no part in a minute")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_and_resumed_gives_the_bytes_of_an_undisturbed_run(
-    ldm_batch: LdmBatch, job_file: Callable[..., Path], tmp_path: Path
+    ldm_batch: LdmBatch, job_file: Callable[..., Path], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     path = job_file(num_rows=40, steps=12)
     run = start(path)
@@ -150,9 +153,9 @@ def test_interrupted_and_resumed_gives_the_bytes_of_an_undisturbed_run(
     second = ldm_batch("run", path)
     assert second.returncode == 75
     assert "is alive" in second.stderr
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 130, stderr
+    assert run.returncode == code, stderr
     assert "shards in flight are finished first" in stderr
     assert "Traceback" not in stderr
     done = len(reader.rows(tmp_path / "out"))

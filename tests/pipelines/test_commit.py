@@ -106,7 +106,7 @@ def simulate(seed: int, lost: float, atomic: bool, naive: bool) -> list[str]:
     turn = [threading.Semaphore(0), threading.Semaphore(0)]
     back = threading.Semaphore(0)
     alive = [True, True]
-    deleted: set[str] = set()
+    outcomes: dict[str, str] = {}
     local = threading.local()
 
     def pause() -> None:
@@ -127,9 +127,9 @@ def simulate(seed: int, lost: float, atomic: bool, naive: bool) -> list[str]:
                     store.create("part", attempt.encode())
                 except (Exists, OSError):
                     store.objects.pop(f"file-{attempt}")
-                    deleted.add(attempt)
             else:
-                commit(store, "part", attempt.encode(), attempt, lambda data: data.decode(), no_sleep)
+                answer = commit(store, "part", attempt.encode(), attempt, lambda data: data.decode(), no_sleep)
+                outcomes[attempt] = answer
         except StorageError:
             pass  # Tried in vain; a later run does the shard.
         alive[me] = False
@@ -146,8 +146,14 @@ def simulate(seed: int, lost: float, atomic: bool, naive: bool) -> list[str]:
         thread.join()
     owner = store.objects.get("part")
     if owner is None:
-        return [] if not naive else ["lost"]
-    return [] if f"file-{owner.decode()}" in store.objects else ["the part names a file that is gone"]
+        return ["an attempt says that it committed, and there is no part"] if "mine" in outcomes.values() else []
+    wrong = [] if f"file-{owner.decode()}" in store.objects else ["the part names a file that is gone"]
+    if atomic:
+        # With a store that keeps its word, exactly the owner of the part may say that it is his.
+        for attempt, outcome in outcomes.items():
+            if outcome != ("mine" if attempt == owner.decode() else "theirs"):
+                wrong.append(f"{attempt} says {outcome}, the part is {owner.decode()}'s")
+    return wrong
 
 
 def seeds(count: int) -> Iterator[int]:

@@ -73,6 +73,10 @@ def test_a_mistake_is_one_line_with_its_place_and_the_way_out(old: str, new: str
         ("a: &a [x]\nb: [" + "*a, " * 200 + "]", "200 aliases; at most 100"),
         (BILLION_LAUGHS, "aliases expand to more than"),
         ("a: " + "x" * (1 << 20), "a job file may have at most"),
+        ("a: " + "[" * 500_000, "nested deeper than 20 levels"),
+        ("a: !!bool maybe", "'maybe' is no bool"),
+        ("a: !!timestamp x", "'x' is no timestamp"),
+        ("a: 0x" + "f" * 5000, "a whole number of 20000 bits"),
     ],
 )
 def test_a_hostile_file_costs_an_error_and_no_more(text: str, message: str) -> None:
@@ -99,6 +103,7 @@ def test_set_overrides_any_field() -> None:
     [
         ("stages.3.model=x", "stages.3: no such item; the list has 1 (from 0)"),
         ("seed", "expected path=value"),
+        ("name=\udcff", "not UTF-8 text"),
         ("name.x=1", "name is a value, not a section"),
         ("stages.0.modle=x", "stages.0.modle: unknown field; did you mean model?"),
     ],

@@ -81,8 +81,21 @@ def test_several_images_of_a_row_have_seeds_and_ids_of_their_own(make_job: MakeJ
     rows = [{"prompt": "a", "id": "x", "seed": 10}, {"prompt": "a", "id": "y", "seed": ""}]
     planned = planned_rows(check(make_job(source={"rows": rows}, stage={"num_images_per_prompt": 3})))
     seeds = {r["id"]: r["seed"] for r in planned}
-    assert [seeds[f"x#{k}"] for k in range(3)] == [10, 11, 12]
-    assert len({seeds[f"y#{k}"] for k in range(3)}) == 3
+    assert seeds["x#0"] == 10
+    assert len(set(seeds.values())) == 6
+    numbered = make_job(
+        source={"rows": [{"prompt": "a", "seed": s} for s in (1, 2, 3)]}, stage={"num_images_per_prompt": 4}
+    )
+    assert check(numbered).num_rows == 12
+
+
+def test_rows_with_and_without_a_negative_prompt_share_no_batch(make_job: MakeJob) -> None:
+    rows = [{"prompt": f"p{i}", "negative_prompt": "blue" if i % 2 else ""} for i in range(8)]
+    planned = planned_rows(check(make_job(source={"rows": rows}, stage={"batch_size": 4})))
+    batches = {row["batch"]: set() for row in planned}
+    for row in planned:
+        batches[row["batch"]].add(bool(row["negative_prompt"]))
+    assert sorted(batches.values(), key=str) == [{False}, {True}]
 
 
 def test_a_matrix_makes_every_combination_under_the_same_noise(make_job: MakeJob) -> None:
@@ -107,15 +120,18 @@ def test_templates_build_the_prompt_from_columns(make_job: MakeJob) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ nope }}", "row 1: template prompt: 'nope' is undefined; the table has color"),
+        ("{{ nope }}", "row 1: template prompt: 'nope' is undefined in this row; the table has color"),
         ("{{ color", "source.templates.prompt: unexpected end of template"),
         ("{{ color.__class__.__mro__ }}", "access to attribute '__class__'"),
         ("{{ 1 / 0 }}", "row 1: template prompt: division by zero"),
+        ("{{ color|dictsort }}", "row 1: template prompt: 'str' object has no attribute"),
+        ("{{ color|random }}", "No filter named 'random'"),
+        ("{{ empty }}", "row 1: template prompt: 'empty' is undefined in this row"),
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_refused(make_job: MakeJob, template: str, message: str) -> None:
     with pytest.raises(JobError, match=message.replace("(", r"\(")):
-        check(make_job(source={"rows": [{"color": "red"}], "templates": {"prompt": template}}))
+        check(make_job(source={"rows": [{"color": "red", "empty": None}], "templates": {"prompt": template}}))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +196,7 @@ def test_bad_rows_can_become_dead_letters_beside_the_good_ones(make_job: MakeJob
     problems = [r["problem"] for r in planned_rows(planned)]
     assert problems[0] is None
     assert sum("not a multiple of 8" in (p or "") for p in problems) == 1
+    assert {row["prompt"] for row in planned_rows(planned)} == {"good", "bad", ""}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +226,8 @@ def test_bad_rows_can_become_dead_letters_beside_the_good_ones(make_job: MakeJob
         ({"stage": {"scheduler": "flow_euler"}}, "stages.0.scheduler: scheduler flow_euler does not fit"),
         ({"stage": {"safety_checker": "reject"}}, "stages.0.safety_checker: .* has no safety checker"),
         ({"stage": {"model": "builtin:shape"}}, "no such built-in model; one of shapes"),
+        ({"stage": {"model": "builtin:shapes", "variant": "fp16"}}, "a built-in model has no revision and no variant"),
+        ({"stage": {"variant": "fp16"}}, "no weights of variant fp16"),
         ({"stage": {"model": "org/name"}}, "a hub model needs `revision:`"),
         ({"stage": {"model": "./nowhere"}}, "no such folder; give builtin:NAME"),
         ({"stage": {"model": "org/name", "revision": "v1"}}, "model org/name@v1: not to be had"),
@@ -323,3 +342,7 @@ def test_columns_that_pass_through_keep_their_names_and_types(make_job: MakeJob)
     rows = [{"prompt": "p", "count": 3, "tags": ["x"], "status": "mine", "mixed": 1}, {"prompt": "q", "mixed": "two"}]
     row = next(r for r in planned_rows(check(make_job(source={"rows": rows}))) if r["prompt"] == "p")
     assert (row["count"], row["tags"], row["input.status"], row["mixed"]) == (3, ["x"], "mine", "1")
+    both = {"prompt": "p", "status": 1, "input.status": 2, "image": 3, "empty": {}}
+    plan(make_job(source={"rows": [both]}))
+    row = planned_rows(check(make_job(source={"rows": [both]})))[0]
+    assert (row["input.input.status"], row["input.status"], row["input.image"], row["empty"]) == (1, 2, 3, "{}")

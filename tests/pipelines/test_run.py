@@ -8,15 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import pipelines
+from ldm_ops.builtin.draw import all_captions
+from ldm_ops.builtin.judge import judge
 from pipelines.errors import JobError, NotWhole, RunAlive
 from pipelines.heartbeat import Heartbeat
 from pipelines.job import Job
 from pipelines.runner import run, status
 from pipelines.storage import Store
+from pipelines.weights import digest_folder
+from tests.conftest import ROOT
 from tests.faults.proxy import Faults, Rule
 from tests.pipelines import reader
 
@@ -59,7 +64,8 @@ def test_every_row_ends_once_in_the_manifest_with_its_file(make_job: MakeJob, tm
     mine = next(row for row in found if row["id"] == "../../x")
     assert mine["seed"] == 11
     assert mine["uri"].startswith(f"images/{mine['shard']:06d}/{mine['key']}-{mine['sha256'][:12]}")
-    assert (mine["model_revision"], mine["batch_size"], mine["run_id"]) == (mine["model_revision"], 2, summary.run_id)
+    assert (mine["device"], mine["batch_size"], mine["run_id"]) == ("cpu", 2, summary.run_id)
+    assert {row["model_revision"] for row in found} == {digest_folder(Path(mine["model"]))}
     assert mine["tag"] == "dup"
     assert next(row for row in found if row["tag"] == "t0")["num_duplicates"] == 1
     assert json.loads((out / "_SUCCESS").read_text())["num_ok"] == 10
@@ -178,6 +184,24 @@ def test_intermediates_are_named_by_the_manifest(make_job: MakeJob, tmp_path: Pa
         assert last.tobytes() == image.tobytes()
 
 
+def test_the_shipped_job_makes_60_pictures_of_64_rows(tmp_path: Path) -> None:
+    import os
+
+    os.chdir(ROOT)
+    overrides = [f"sink.path={tmp_path}", "stages.0.workers=2"]
+    summary = run(pipelines.load_job("jobs/txt2img.yaml", overrides=overrides))
+    found = reader.rows(tmp_path)
+    assert (len(found), summary.num_duplicates, summary.exit_code) == (60, 4, 0)
+    captions = {str(caption): caption for caption in all_captions()}
+    right = 0
+    for row in found:
+        with Image.open(tmp_path / row["uri"]) as image:
+            right += judge(np.asarray(image)).agrees(captions[row["prompt"]])
+    assert right >= 0.9 * len(found)
+    assert {row["scheduler"] for row in found} == {"ddim", "euler_a", "dpm++_2m"}
+    assert {row["set"] for row in found} == {"catalog", "seeds", "euler_a", "dpm"}
+
+
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
 def test_other_formats_say_what_they_are(make_job: MakeJob, tmp_path: Path, format: str) -> None:
     run(make_job(sink={"path": str(tmp_path / "out"), "format": format}))
@@ -212,6 +236,68 @@ def test_a_second_run_on_the_same_output_says_who_is_there(make_job: MakeJob, tm
         assert not (tmp_path / "out" / "manifest").exists()
         assert run(job, join=True).exit_code == 0
         assert reader.rows(tmp_path / "out")
+
+
+def test_runs_that_join_each_other_share_the_work(tiny_model: Path, tmp_path: Path, ldm_batch: Any) -> None:
+    import threading
+
+    import yaml
+
+    rows = [f"a red circle {i}" for i in range(24)]
+    stage = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 20, "batch_size": 2, "workers": 1}
+    data = {
+        "source": {"rows": rows},
+        "stages": [stage],
+        "sink": {"path": str(tmp_path / "out")},
+        "batches_per_shard": 1,
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(data))
+    other: list[Any] = []
+    thread = threading.Thread(target=lambda: other.append(ldm_batch("run", path, "--join", "--json")))
+    thread.start()
+    mine = run(pipelines.load_job(path), join=True)
+    thread.join()
+    theirs = json.loads(other[0].stdout)
+    assert len(reader.rows(tmp_path / "out")) == 24
+    # What both made is one run's; together they count every row once.
+    assert mine.num_new_rows + theirs["num_new_rows"] == 24
+    assert mine.exit_code == theirs["exit_code"] == 0
+
+
+def test_a_refused_run_does_not_refuse_the_next_one(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job()
+    with Heartbeat(Store(str(tmp_path / "out")), "20260101T000000-abcdef"):
+        for _ in range(2):
+            with pytest.raises(RunAlive, match="20260101T000000-abcdef"):
+                run(job)
+    Store(str(tmp_path / "out")).write("_ldm/runs/20260101T000000-abcdef/ended.json", b"{}")
+    assert run(job).exit_code == 0
+
+
+def test_a_run_that_is_taken_over_says_so(make_job: MakeJob, tmp_path: Path) -> None:
+    class TakenOver:
+        def planned(self, *_: Any) -> None:
+            runs = tmp_path / "out" / "_ldm" / "runs"
+            (next(runs.iterdir()) / "stop").touch()
+
+        def started(self) -> None: ...
+
+        def progress(self, *_: Any) -> None: ...
+
+        def stopping(self) -> None: ...
+
+    with pytest.raises(RunAlive, match="another run has taken over"):
+        run(make_job(), listener=TakenOver())
+    assert not list((tmp_path / "out").glob("manifest/*/*"))
+
+
+def test_columns_that_change_their_type_between_plans_are_read_as_text(make_job: MakeJob, tmp_path: Path) -> None:
+    run(make_job(source={"rows": [{"prompt": "a", "tag": 3, "image": "mine"}]}))
+    run(make_job(source={"rows": [{"prompt": "a", "tag": 3}, {"prompt": "b", "tag": "two"}]}))
+    table = pipelines.read_manifest(str(tmp_path / "out"))
+    assert sorted(table["tag"].to_pylist()) == ["3", "two"]
+    assert "mine" in table["input.image"].to_pylist()
 
 
 def test_a_takeover_asks_the_other_run_to_stop(make_job: MakeJob, tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""How a worker finds the row that fails, and the batch that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm_ops.op import Op, Row
+from pipelines.worker import make
+
+
+class Fragile(Op):
+    """Raises for bad rows, and for batches larger than its memory; keeps the sizes that it was given."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"n"})
+    writes: ClassVar[frozenset[str]] = frozenset({"image"})
+    bad: frozenset[int] = frozenset()
+    memory: int = 1000
+
+    def load(self, folder: Path) -> list[int]:
+        return []
+
+    def run(self, model: list[int], rows: Sequence[Row]) -> list[dict[str, Any]]:
+        model.append(len(rows))
+        if len(rows) > self.memory:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        if any(row["n"] in self.bad for row in rows):
+            raise ValueError("a bad row is among them")
+        return [{"image": np.full((1, 1, 3), row["n"], np.uint8), "nsfw": None, "intermediates": []} for row in rows]
+
+
+@given(count=st.integers(1, 16), size=st.integers(1, 16), bad=st.frozensets(st.integers(0, 15)))
+def test_exactly_the_bad_rows_fail_and_every_batch_has_one_shape(count: int, size: int, bad: frozenset[int]) -> None:
+    shapes: list[int] = []
+    results = make(Fragile(bad=bad), shapes, [{"n": i} for i in range(count)], size)
+    assert [r["status"] for r in results] == ["failed" if i in bad else "ok" for i in range(count)]
+    assert {r["error_type"] for r in results if r["status"] == "failed"} <= {"ValueError"}
+    assert set(shapes) == {size}
+    for i, result in enumerate(results):
+        if result["status"] == "ok":
+            assert np.frombuffer(result["image"][-3:], np.uint8).tolist() == [i] * 3
+
+
+@pytest.mark.parametrize(("size", "memory", "expected"), [(8, 8, 8), (8, 5, 4), (8, 3, 2), (8, 1, 1), (5, 2, 2)])
+def test_a_batch_that_does_not_fit_is_halved_and_says_so(size: int, memory: int, expected: int) -> None:
+    results = make(Fragile(memory=memory), [], [{"n": i} for i in range(size)], size)
+    assert [r["status"] for r in results] == ["ok"] * size
+    assert {r["batch_size"] for r in results} == {expected}
+
+
+def test_one_row_that_does_not_fit_is_a_dead_letter_of_its_own_kind() -> None:
+    results = make(Fragile(memory=0), [], [{"n": 1}, {"n": 2}], 2)
+    assert [(r["status"], r["error_type"], r["batch_size"]) for r in results] == [("failed", "model.oom", 1)] * 2
