@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelines.planner import check as check
     from pipelines.planner import plan as plan
     from pipelines.runner import run as run
-    from pipelines.runner import status as status
+    from pipelines.totals import status as status
 
 _HOME = {
     "Job": "job",
@@ -25,7 +25,7 @@ _HOME = {
     "plan": "planner",
     "read_manifest": "manifest",
     "run": "runner",
-    "status": "runner",
+    "status": "totals",
 }
 __all__ = ["Job", "LdmError", "check", "load_job", "plan", "read_manifest", "run", "status"]
 

@@ -16,7 +16,8 @@ from pipelines.errors import EXIT_INTERRUPTED, LdmError
 if TYPE_CHECKING:
     from pipelines.job import Job
     from pipelines.planner import Planned
-    from pipelines.runner import Summary, Totals
+    from pipelines.runner import Summary
+    from pipelines.totals import Totals
 
 app = typer.Typer(
     name="ldm-batch",
@@ -117,8 +118,8 @@ def plan(job: JobPath, set_: Set = None, limit: Limit = None, extend: Extend = F
     """Write the plan into the output and show it: rows, duplicates, batches, shards, what is left."""
     with one_line_errors(as_json):
         from pipelines.planner import plan as plan_job
-        from pipelines.runner import unfinished
         from pipelines.storage import Store
+        from pipelines.totals import unfinished
 
         loaded = _load(job, set_)
         store = Store(loaded.sink.path, loaded.sink.storage_options)
@@ -176,7 +177,7 @@ def status(
     with one_line_errors(as_json):
         from dataclasses import asdict
 
-        from pipelines.runner import status as status_of
+        from pipelines.totals import status as status_of
 
         options: dict[str, Any] = {}
         if output.endswith((".yaml", ".yml")):

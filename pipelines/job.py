@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -17,18 +17,6 @@ from pipelines.errors import JobError
 from pipelines.yaml_file import Document, override, read_yaml
 
 SCHEMA_HEADER = "# yaml-language-server: $schema="
-
-ROW_PARAMETERS = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "scheduler",
-)
-"""Columns of a table that set a parameter of their row; with `id` the only names that mean something."""
 
 RowName = Literal[
     "id",
@@ -41,6 +29,11 @@ RowName = Literal[
     "guidance_scale",
     "scheduler",
 ]
+"""Columns of a table that mean something; all others pass through."""
+
+ROW_PARAMETERS: tuple[str, ...] = tuple(name for name in get_args(RowName) if name != "id")
+"""Those that set a parameter of their row, in the order of `PlannedRow.values`."""
+
 MatrixName = Literal["negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "scheduler"]
 
 

@@ -1,7 +1,6 @@
 """Plan: read the table once, say what will be made, in which batches, in which shards; write it down.
 
-A plan is immutable. `_ldm/plans/0001.json` and so on are the log of an output's plans (created only if absent, so two
-planners cannot both add one); a source that has grown adds a plan with only the new keys.
+A source that has grown adds a plan with only the new keys.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -23,14 +22,14 @@ from ldm_ops.describe import ModelFacts
 from pipelines import manifest
 from pipelines.blocks import RESULT_FIELDS
 from pipelines.commit import commit
-from pipelines.errors import JobError, NotWhole, OutputHeldByOther
+from pipelines.errors import JobError
 from pipelines.job import ROW_PARAMETERS, Job, digest
+from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, same_settings
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
 from pipelines.source import Chunk, read_source
 from pipelines.storage import Store
 from pipelines.weights import Weights, identify
 
-PLANS = "_ldm/plans"
 SHARDS_PER_FILE = 64
 MAX_PROBLEMS = 5
 AUTO_SHARDS = 16
@@ -59,45 +58,6 @@ OWN_FIELDS = [
 LATER_FIELDS = ("num_duplicates", "batch", "shard")
 RESERVED = {f.name for f in [*manifest.SCHEMA, *OWN_FIELDS, *RESULT_FIELDS]} | set(LATER_FIELDS)
 """Names that a column that passes through cannot keep."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The unit of commit. `cost` is its share of the work: sample-steps × pixels."""
-
-    plan_id: str
-    index: int
-    file: str
-    row_group: int
-    num_rows: int
-    keys_digest: str
-    cost: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one plan says; `num_` counts are rows of this plan."""
-
-    plan_id: str
-    job: dict[str, Any]
-    settings: dict[str, Any]
-    batch_size: int
-    num_threads: int
-    batches_per_shard: int
-    num_rows: int
-    num_batches: int
-    num_wrong: int
-    keys_digest: str
-    created_at: str
-    shards: tuple[Shard, ...] = field(repr=False)
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), ensure_ascii=False).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Plan:
-        value = json.loads(data)
-        return cls(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
 
 
 @dataclass
@@ -146,7 +106,7 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
     store = Store(job.sink.path, job.sink.storage_options)
     while True:
         plans = read_plans(store)
-        if plans and not extend and not any(_same(p.settings, planner.settings) for p in plans):
+        if plans and not extend and not any(same_settings(p.settings, planner.settings) for p in plans):
             refuse_other_job(store, plans[-1].settings, planner.settings)
         planned = planner.plan(plans, store)
         if planned.new is None or planned.table is None:
@@ -166,46 +126,6 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
         if outcome == "mine":
             store.write("_ldm/job.yaml", job.resolved_yaml().encode())
             return planned
-
-
-def read_plans(store: Store) -> list[Plan]:
-    """The output's plans, oldest first; empty where there are none."""
-    plans = []
-    for name in sorted(store.list(PLANS)):
-        if name.count("/") == 2 and name.endswith(".json"):
-            claim = store.read(name)
-            body = store.read(f"{PLANS}/{json.loads(claim)['plan_id']}/plan.json") if claim else None
-            if body is None:
-                raise NotWhole(f"{store.uri(name)} names a plan that is not there; choose a new sink.path")
-            plans.append(Plan.from_json(body))
-    return plans
-
-
-def _same(held: dict[str, Any], now: dict[str, Any]) -> bool:
-    return bool(held == json.loads(json.dumps(now)))
-
-
-def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise OutputHeldByOther with the difference."""
-    now = json.loads(json.dumps(now))
-    changes = [
-        f"{name} {held.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(held.keys() | now.keys())
-        if held.get(name) != now.get(name)
-    ]
-    more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-    raise OutputHeldByOther(
-        f"{store.url} holds another job ({'; '.join(changes[:4])}{more}): choose a new sink.path, or pass --extend "
-        "to add the changed rows beside the old ones"
-    )
-
-
-def read_shard(store: Store, file: str, row_group: int) -> pa.Table:
-    """The planned rows of one shard."""
-    data = store.read(file)
-    if data is None:
-        raise NotWhole(f"{store.uri(file)} is gone; the plan cannot be followed; choose a new sink.path")
-    return pq.ParquetFile(io.BytesIO(data)).read_row_group(row_group)
 
 
 class _Planner:

@@ -6,7 +6,8 @@ import sys
 import time
 from typing import TextIO
 
-from pipelines.planner import Plan, Planned, Shard
+from pipelines.planner import Planned
+from pipelines.plans import Plan, Shard
 
 LINE_EVERY_S = 10.0
 

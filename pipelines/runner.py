@@ -5,19 +5,13 @@ planned shards − committed shards → load the rows (CPU) → the stage's work
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 import random
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
@@ -26,19 +20,19 @@ from pipelines import heartbeat, manifest
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
 from pipelines.errors import (
     EXIT_DEAD_LETTERS,
-    EXIT_INTERRUPTED,
     EXIT_OK,
-    EXIT_TERMINATED,
     JobError,
     LdmError,
-    NotWhole,
     RunAlive,
     RunFailed,
 )
 from pipelines.job import Job
-from pipelines.planner import Plan, Planned, Shard, plan, read_plans, read_shard
+from pipelines.planner import Planned, plan
+from pipelines.plans import Plan, Shard, read_plans, read_shard
 from pipelines.sink import ShardWriter
+from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
+from pipelines.totals import Totals, count, unfinished, write_success
 from pipelines.weights import Weights, identify
 from pipelines.worker import Worker
 
@@ -47,25 +41,6 @@ if TYPE_CHECKING:
 
 RESTARTS, RETRIES = 4, 4
 CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the first computes
-
-
-@dataclass
-class Totals:
-    """What the manifest says of all plans of an output. `digest` is over (key, sha256), whatever the order."""
-
-    num_planned: int = 0
-    num_ok: int = 0
-    num_failed: int = 0
-    num_filtered: int = 0
-    num_bytes: int = 0
-    num_shards: int = 0
-    num_shards_done: int = 0
-    digest: str = ""
-    failures: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def num_done(self) -> int:
-        return self.num_ok + self.num_failed + self.num_filtered
 
 
 @dataclass
@@ -139,7 +114,7 @@ def _run(
     if todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
         # Ray first: it takes over SIGTERM when it starts.
-        with ray_cluster(address), stop_on_signals(store, run_id, listener) as stopped:
+        with ray_cluster(address), stop_on_signals(store, run_id, listener.stopping if listener else None) as stopped:
             pool = fit(job.stage, planned.weights.num_bytes)
             refuse_local_sink(store, job.sink.path)
             for one, shards in todo:
@@ -305,116 +280,6 @@ def dataset(
             max_task_retries=RETRIES,
         )
     return made.map_batches(writer, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-
-
-def unfinished(store: Store, plan: Plan) -> list[Shard]:
-    """The plan's shards that have no part yet, in the plan's order."""
-    done = manifest.committed_shards(store, plan.plan_id)
-    return [shard for shard in plan.shards if shard.index not in done]
-
-
-def count(store: Store, plans: list[Plan]) -> Totals:
-    """Count what every part says, and hold it against the plans.
-
-    Raises:
-        NotWhole: a part that no plan knows, or one whose rows are not the planned ones.
-    """
-    totals = Totals(num_planned=sum(p.num_rows for p in plans), num_shards=sum(len(p.shards) for p in plans))
-    lines: list[str] = []
-    import pyarrow.parquet as pq
-
-    for one in plans:
-        wanted = {manifest.part_path(one.plan_id, shard.index): shard for shard in one.shards}
-        there = manifest.part_names(store, f"{manifest.FOLDER}/{one.plan_id}")
-        for path, head, part in manifest.read_parts(store, there):
-            shard = wanted.get(path)
-            if shard is None or head.keys_digest != shard.keys_digest:
-                raise NotWhole(
-                    f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again"
-                )
-            table = pq.read_table(pa.BufferReader(part), columns=["key", "sha256", "status", "num_bytes", "error_type"])
-            for key, sha256, status, size, error_type in zip(
-                *(table[n].to_pylist() for n in table.column_names), strict=True
-            ):
-                lines.append(f"{key} {sha256 or status}")
-                totals.num_bytes += size or 0
-                if status == "failed":
-                    totals.failures[error_type] = totals.failures.get(error_type, 0) + 1
-            totals.num_ok += head.num_ok
-            totals.num_failed += head.num_failed
-            totals.num_filtered += head.num_filtered
-            totals.num_shards_done += 1
-    totals.digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-    return totals
-
-
-def write_success(store: Store, totals: Totals) -> None:
-    """Mark the output as whole.
-
-    Raises:
-        NotWhole: planned rows and manifest rows do not agree.
-    """
-    if totals.num_done != totals.num_planned or totals.num_shards_done != totals.num_shards:
-        raise NotWhole(
-            f"{store.url}: {totals.num_planned} rows planned, {totals.num_done} in the manifest "
-            f"({totals.num_shards_done} of {totals.num_shards} shards); run the same command again"
-        )
-    body = json.dumps(
-        asdict(totals) | {"finished_at": datetime.now(UTC).isoformat(timespec="seconds")}, indent=1
-    ).encode()
-    if store.read("_SUCCESS") is None or json.loads(store.read("_SUCCESS") or b"{}").get("digest") != totals.digest:
-        store.write("_SUCCESS", body)
-
-
-def status(output: str, storage_options: dict[str, Any] | None = None) -> tuple[Totals, list[dict[str, Any]]]:
-    """Totals of an output and the last word of each of its runs, from the files alone.
-
-    Raises:
-        NotWhole: no plan is there, or a part is not whole.
-    """
-    store = Store(output, storage_options)
-    plans = read_plans(store)
-    if not plans:
-        raise NotWhole(
-            f"{output} holds no plan of ldm-batch; check the path, or make one with `ldm-batch run JOB.yaml`"
-        )
-    runs = []
-    listing = store.list(heartbeat.RUNS)
-    for path in sorted(name for name in listing if name.endswith("/heartbeat.json")):
-        folder = path.removesuffix("/heartbeat.json")
-        ended = store.read(f"{folder}/ended.json")
-        runs.append({"run_id": folder.rpartition("/")[2], "ended": json.loads(ended) if ended else None})
-    return count(store, plans), runs
-
-
-@contextmanager
-def stop_on_signals(store: Store, run_id: str, listener: Listener | None) -> Iterator[list[int]]:
-    """First Ctrl-C or SIGTERM: shards in flight are finished, no others begun. Second: out at once.
-
-    Yields a list that holds the exit code once a stop was asked.
-    """
-    stopped: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stopped:
-            os._exit(stopped[0])
-        stopped.append(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
-        if listener:
-            listener.stopping()
-        # Not in the handler: a store's client must not be entered twice by one thread.
-        threading.Thread(target=lambda: heartbeat.ask_to_stop(Store(store.url, store.storage_options), run_id)).start()
-
-    before: dict[int, Callable[..., Any] | int | None] = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def plain_error(error: BaseException) -> LdmError:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from pipelines.errors import JobError, OutputHeldByOther
 from pipelines.job import Job
-from pipelines.planner import Planned, check, plan, read_plans
+from pipelines.planner import Planned, check, plan
+from pipelines.plans import read_plans
 from pipelines.rows import derived_seed
 from pipelines.storage import Store
 

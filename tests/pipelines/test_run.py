@@ -18,8 +18,9 @@ from ldm_ops.builtin.judge import judge
 from pipelines.errors import JobError, NotWhole, RunAlive
 from pipelines.heartbeat import Heartbeat
 from pipelines.job import Job
-from pipelines.runner import run, status
+from pipelines.runner import run
 from pipelines.storage import Store
+from pipelines.totals import status
 from pipelines.weights import digest_folder
 from tests.conftest import ROOT
 from tests.faults.proxy import Faults, Rule

@@ -1,0 +1,99 @@
+"""What a plan is, where an output keeps its plans, and whose output it is.
+
+A plan is immutable. `_ldm/plans/0001.json` and so on are the log of an output's plans (created only if absent, so two
+planners cannot both add one); each names a folder with the plan itself and its rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import NotWhole, OutputHeldByOther
+from pipelines.storage import Store
+
+PLANS = "_ldm/plans"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of commit. `cost` is its share of the work: sample-steps × pixels."""
+
+    plan_id: str
+    index: int
+    file: str
+    row_group: int
+    num_rows: int
+    keys_digest: str
+    cost: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one plan says; `num_` counts are rows of this plan."""
+
+    plan_id: str
+    job: dict[str, Any]
+    settings: dict[str, Any]
+    batch_size: int
+    num_threads: int
+    batches_per_shard: int
+    num_rows: int
+    num_batches: int
+    num_wrong: int
+    keys_digest: str
+    created_at: str
+    shards: tuple[Shard, ...] = field(repr=False)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), ensure_ascii=False).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        value = json.loads(data)
+        return cls(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
+
+
+def read_plans(store: Store) -> list[Plan]:
+    """The output's plans, oldest first; empty where there are none."""
+    plans = []
+    for name in sorted(store.list(PLANS)):
+        if name.count("/") == 2 and name.endswith(".json"):
+            claim = store.read(name)
+            body = store.read(f"{PLANS}/{json.loads(claim)['plan_id']}/plan.json") if claim else None
+            if body is None:
+                raise NotWhole(f"{store.uri(name)} names a plan that is not there; choose a new sink.path")
+            plans.append(Plan.from_json(body))
+    return plans
+
+
+def same_settings(held: dict[str, Any], now: dict[str, Any]) -> bool:
+    return bool(held == json.loads(json.dumps(now)))
+
+
+def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise OutputHeldByOther with the difference."""
+    now = json.loads(json.dumps(now))
+    changes = [
+        f"{name} {held.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(held.keys() | now.keys())
+        if held.get(name) != now.get(name)
+    ]
+    more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+    raise OutputHeldByOther(
+        f"{store.url} holds another job ({'; '.join(changes[:4])}{more}): choose a new sink.path, or pass --extend "
+        "to add the changed rows beside the old ones"
+    )
+
+
+def read_shard(store: Store, file: str, row_group: int) -> pa.Table:
+    """The planned rows of one shard."""
+    data = store.read(file)
+    if data is None:
+        raise NotWhole(f"{store.uri(file)} is gone; the plan cannot be followed; choose a new sink.path")
+    return pq.ParquetFile(io.BytesIO(data)).read_row_group(row_group)

@@ -1,0 +1,114 @@
+"""Count what an output holds, and hold it against what was planned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import heartbeat, manifest
+from pipelines.errors import NotWhole
+from pipelines.plans import Plan, Shard, read_plans
+from pipelines.storage import Store
+
+
+@dataclass
+class Totals:
+    """What the manifest says of all plans of an output. `digest` is over (key, sha256), whatever the order."""
+
+    num_planned: int = 0
+    num_ok: int = 0
+    num_failed: int = 0
+    num_filtered: int = 0
+    num_bytes: int = 0
+    num_shards: int = 0
+    num_shards_done: int = 0
+    digest: str = ""
+    failures: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_done(self) -> int:
+        return self.num_ok + self.num_failed + self.num_filtered
+
+
+def unfinished(store: Store, plan: Plan) -> list[Shard]:
+    """The plan's shards that have no part yet, in the plan's order."""
+    done = manifest.committed_shards(store, plan.plan_id)
+    return [shard for shard in plan.shards if shard.index not in done]
+
+
+def count(store: Store, plans: list[Plan]) -> Totals:
+    """Count what every part says, and hold it against the plans.
+
+    Raises:
+        NotWhole: a part that no plan knows, or one whose rows are not the planned ones.
+    """
+    totals = Totals(num_planned=sum(p.num_rows for p in plans), num_shards=sum(len(p.shards) for p in plans))
+    lines: list[str] = []
+    for one in plans:
+        wanted = {manifest.part_path(one.plan_id, shard.index): shard for shard in one.shards}
+        there = manifest.part_names(store, f"{manifest.FOLDER}/{one.plan_id}")
+        for path, head, part in manifest.read_parts(store, there):
+            shard = wanted.get(path)
+            if shard is None or head.keys_digest != shard.keys_digest:
+                raise NotWhole(
+                    f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again"
+                )
+            table = pq.read_table(pa.BufferReader(part), columns=["key", "sha256", "status", "num_bytes", "error_type"])
+            for key, sha256, status, size, error_type in zip(
+                *(table[n].to_pylist() for n in table.column_names), strict=True
+            ):
+                lines.append(f"{key} {sha256 or status}")
+                totals.num_bytes += size or 0
+                if status == "failed":
+                    totals.failures[error_type] = totals.failures.get(error_type, 0) + 1
+            totals.num_ok += head.num_ok
+            totals.num_failed += head.num_failed
+            totals.num_filtered += head.num_filtered
+            totals.num_shards_done += 1
+    totals.digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return totals
+
+
+def write_success(store: Store, totals: Totals) -> None:
+    """Mark the output as whole.
+
+    Raises:
+        NotWhole: planned rows and manifest rows do not agree.
+    """
+    if totals.num_done != totals.num_planned or totals.num_shards_done != totals.num_shards:
+        raise NotWhole(
+            f"{store.url}: {totals.num_planned} rows planned, {totals.num_done} in the manifest "
+            f"({totals.num_shards_done} of {totals.num_shards} shards); run the same command again"
+        )
+    body = json.dumps(
+        asdict(totals) | {"finished_at": datetime.now(UTC).isoformat(timespec="seconds")}, indent=1
+    ).encode()
+    if store.read("_SUCCESS") is None or json.loads(store.read("_SUCCESS") or b"{}").get("digest") != totals.digest:
+        store.write("_SUCCESS", body)
+
+
+def status(output: str, storage_options: dict[str, Any] | None = None) -> tuple[Totals, list[dict[str, Any]]]:
+    """Totals of an output and the last word of each of its runs, from the files alone.
+
+    Raises:
+        NotWhole: no plan is there, or a part is not whole.
+    """
+    store = Store(output, storage_options)
+    plans = read_plans(store)
+    if not plans:
+        raise NotWhole(
+            f"{output} holds no plan of ldm-batch; check the path, or make one with `ldm-batch run JOB.yaml`"
+        )
+    runs = []
+    listing = store.list(heartbeat.RUNS)
+    for path in sorted(name for name in listing if name.endswith("/heartbeat.json")):
+        folder = path.removesuffix("/heartbeat.json")
+        ended = store.read(f"{folder}/ended.json")
+        runs.append({"run_id": folder.rpartition("/")[2], "ended": json.loads(ended) if ended else None})
+    return count(store, plans), runs
