@@ -33,7 +33,7 @@ def bare(prompts: list[str], batch_size: int) -> float:
     pipe(prompts[:batch_size], num_inference_steps=2)
     start = time.perf_counter()
     for i in range(0, len(prompts), batch_size):
-        pipe(prompts[i : i + batch_size], num_inference_steps=25, guidance_scale=3.0)
+        pipe(prompts[i : i + batch_size], num_inference_steps=25, guidance_scale=2.0)
     return len(prompts) / (time.perf_counter() - start)
 
 
@@ -44,7 +44,7 @@ def through_the_job(prompts: list[str], batch_size: int) -> tuple[float, float]:
             "op": "txt2img",
             "model": "builtin:shapes",
             "num_inference_steps": 25,
-            "guidance_scale": 3.0,
+            "guidance_scale": 2.0,
             "batch_size": batch_size,
         }
         job = {"source": {"rows": prompts}, "stages": [stage], "sink": {"path": f"{folder}/out"}}

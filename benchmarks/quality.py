@@ -25,7 +25,7 @@ def main() -> None:
     result = {
         "captions": len(captions),
         "distinct": len(set(captions)),
-        "guidance 3": train_shapes.score(pipe, captions, 3.0),
+        "guidance 2": train_shapes.score(pipe, captions, 2.0),
         "autoencoder_psnr_db": train_shapes.psnr(pipe.vae, train_shapes.split()[1], torch.device("cpu")),
         "parameters_m": {
             name: round(sum(p.numel() for p in getattr(pipe, name).parameters()) / 1e6, 2)
