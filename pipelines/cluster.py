@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
+        reach(address)
         try:
             ray.init(
                 address=address,
@@ -58,6 +60,21 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def reach(address: str | None) -> None:
+    """Knock at `host:port` first: Ray itself would wait for minutes.
+
+    Raises:
+        RunFailed: nobody answers within five seconds.
+    """
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise RunFailed(f"--address {address}: no Ray cluster answers there ({error}); check host and port") from None
 
 
 def quiet_ray_data() -> None:

@@ -88,7 +88,6 @@ def test_plan_and_status_speak_json(ldm_batch: LdmBatch, job_file: Callable[...,
     ("arguments", "code", "message"),
     [
         (["run", "none.yaml"], 2, "none.yaml: no such job file; `ldm-batch init` writes one"),
-        (["run", "jobs/txt2img.yaml", "--address", "127.0.0.1:1", "--set", "sink.path=out/x"], 1, "no Ray could be"),
         (["status", "nowhere"], 4, "nowhere holds no plan of ldm-batch"),
         (["check", "jobs/txt2img.yaml", "--set", "stages.0.batchsize=3"], 2, "did you mean batch_size?"),
         (["check", "jobs/txt2img.yaml", "--set", "source.path=none.csv"], 2, "source.path none.csv: no such file"),
