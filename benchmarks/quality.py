@@ -14,19 +14,22 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ldm_ops.builtin import train_shapes
+from ldm_ops.builtin import draw
+from ldm_ops.builtin.training.autoencoder import psnr
+from ldm_ops.builtin.training.captions import held_out_sample, split
+from ldm_ops.builtin.training.score import score
 
 
 def main() -> None:
-    folder = Path(train_shapes.__file__).parent / "shapes"
+    folder = Path(draw.__file__).parent / "shapes"
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    captions = train_shapes.held_out_sample(200)
+    captions = held_out_sample(200)
     result = {
         "captions": len(captions),
         "distinct": len(set(captions)),
-        "guidance 2": train_shapes.score(pipe, captions, 2.0),
-        "autoencoder_psnr_db": train_shapes.psnr(pipe.vae, train_shapes.split()[1], torch.device("cpu")),
+        "guidance 2": score(pipe, captions, 2.0),
+        "autoencoder_psnr_db": psnr(pipe.vae, split()[1], torch.device("cpu")),
         "parameters_m": {
             name: round(sum(p.numel() for p in getattr(pipe, name).parameters()) / 1e6, 2)
             for name in ("vae", "unet", "text_encoder")

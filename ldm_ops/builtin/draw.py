@@ -122,8 +122,11 @@ def coverage(shape: str, center_xy: tuple[float, float], r: float, size_px: int 
     return share
 
 
-def draw(caption: Caption, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """One picture of `caption`, its place, extent and tint drawn from `rng`: (64, 64, 3) uint8."""
+def draw(caption: Caption, rng: np.random.Generator, scale: int = 1) -> NDArray[np.uint8]:
+    """One picture of `caption`, its place, extent and tint drawn from `rng`: (64·scale, 64·scale, 3) uint8.
+
+    Another `scale` draws the same picture with more pixels: outlines are exact at any size.
+    """
     r = float(rng.uniform(*SIZES[caption.size]))
     low, high = r + MARGIN_PX, IMAGE_PX - r - MARGIN_PX
     if caption.position:
@@ -134,6 +137,7 @@ def draw(caption: Caption, rng: np.random.Generator) -> NDArray[np.uint8]:
         center = tuple(float(rng.uniform(low, high)) for _ in range(2))
     ink = np.clip(np.array(COLORS[caption.color]) + rng.normal(0, 4, 3), 0, 255)
     paper = np.clip(np.array(BACKGROUNDS[caption.background]) + rng.normal(0, 2), 0, 255)
-    share = coverage(caption.shape, (center[0], center[1]), r)[..., None]
+    place = (center[0] * scale, center[1] * scale)
+    share = coverage(caption.shape, place, r * scale, IMAGE_PX * scale)[..., None]
     pixels: NDArray[np.uint8] = np.round(share * ink + (1 - share) * paper).astype(np.uint8)
     return pixels

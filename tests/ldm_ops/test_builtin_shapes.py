@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,13 @@ def test_weights_are_safetensors_and_small() -> None:
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md"}
 
 
+def test_no_file_of_the_model_tells_where_it_was_made() -> None:
+    for path in FOLDER.rglob("*.json"):
+        text = path.read_text()
+        assert "_name_or_path" not in text, path
+        assert not re.search(r'"/(home|root|work|tmp|mnt|data|Users)/', text), path
+
+
 def test_the_autoencoder_keeps_held_out_pictures() -> None:
     from diffusers import AutoencoderKL
 
@@ -88,4 +96,4 @@ def test_pictures_show_what_held_out_prompts_say() -> None:
         output_type="np",
     ).images
     right = [judge((i * 255).round().astype(np.uint8)).agrees(wanted[c]) for c, i in zip(captions, images, strict=True)]
-    assert sum(right) >= 19, [c for c, ok in zip(captions, right, strict=True) if not ok]
+    assert sum(right) >= 22, [c for c, ok in zip(captions, right, strict=True) if not ok]

@@ -198,7 +198,7 @@ def test_the_shipped_job_makes_60_pictures_of_64_rows(tmp_path: Path) -> None:
     for row in found:
         with Image.open(tmp_path / row["uri"]) as image:
             right += judge(np.asarray(image)).agrees(captions[row["prompt"]])
-    assert right >= 0.8 * len(found), right
+    assert right >= 0.9 * len(found), right
     assert {row["scheduler"] for row in found} == {"ddim", "euler_a", "dpm++_2m"}
     assert {row["set"] for row in found} == {"catalog", "seeds", "ddim", "dpm"}
 
