@@ -2,216 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import Field
 
-from ldm_ops.device import Dtype, pick_device, pick_dtype
-from ldm_ops.op import Op, Row, RowRefused
-from ldm_ops.schedulers import make_scheduler, scheduler_name
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from numpy.typing import NDArray
-
-SchedulerName = Annotated[str, AfterValidator(scheduler_name)]
-SafetyPolicy = Literal["off", "flag", "blank", "reject"]
+from ldm_ops.op import Row
+from ldm_ops.sampling import Pipeline, Sampling
 
 
-@dataclass
-class TextToImage:
-    """A loaded pipeline. `checker` is the safety checker taken off it, so that it can flag without blackening."""
+class Txt2Img(Sampling):
+    """Prompt → image."""
 
-    pipe: Any
-    checker: Any
-    scheduler_name: str
-    scheduler_config: Mapping[str, Any]
-    accepts: frozenset[str]
+    reads: ClassVar[frozenset[str]] = Sampling.reads | {"height", "width"}
 
-
-@dataclass
-class Kept:
-    """Latents of one batch after chosen denoising steps: latents_BCHW as the pipeline holds them."""
-
-    every: int
-    steps: list[int] = field(default_factory=list)
-    latents: list[torch.Tensor] = field(default_factory=list)
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if (step + 1) % self.every == 0:
-            self.steps.append(step + 1)
-            self.latents.append(tensors["latents"].detach().clone())
-        return {}
-
-
-class Txt2Img(Op):
-    """Prompt → image.
-
-    A row's own `negative_prompt, height, width, num_inference_steps, guidance_scale, scheduler, seed` win over the
-    fields here. Noise comes from one CPU generator per row, as in
-    `pipe(prompt, generator=torch.Generator().manual_seed(seed))`.
-    """
-
-    reads: ClassVar[frozenset[str]] = frozenset(
-        {
-            "prompt",
-            "negative_prompt",
-            "seed",
-            "height",
-            "width",
-            "num_inference_steps",
-            "guidance_scale",
-            "scheduler",
-        }
-    )
-    writes: ClassVar[frozenset[str]] = frozenset({"image", "nsfw", "intermediates"})
-
-    model: Annotated[str, StringConstraints(min_length=1)] = Field(
-        description="builtin:NAME, a hub id such as org/name, a local folder, or s3://… / gs://… of one"
-    )
-    revision: str | None = Field(None, description="commit or tag of a hub model; needed there, and only there")
-    variant: str | None = Field(None, description="weight file variant of the model, such as fp16")
-    scheduler: SchedulerName | None = Field(None, description="name of a sampler; the model's own where left out")
-    num_inference_steps: int = Field(50, ge=1, le=1000)
-    guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False)
-    negative_prompt: str = ""
     height: int | None = Field(None, ge=8, description="px; the model's own size where left out")
     width: int | None = Field(None, ge=8, description="px; the model's own size where left out")
-    num_images_per_prompt: int = Field(1, ge=1, le=10_000)
-    dtype: Dtype = Field("auto", description="auto is bf16 on a GPU that has it, else fp16; fp32 on a CPU")
-    safety_checker: SafetyPolicy | None = Field(
-        None, description="what to do with a flagged picture; flag where the model has a checker, if left out"
-    )
-    save_intermediates: int | None = Field(
-        None, ge=1, description="keep the latents and a preview of every K-th denoising step"
-    )
 
-    def load(self, folder: Path) -> TextToImage:
-        """Load the pipeline from a local folder onto the device.
-
-        Raises:
-            ValueError: a folder that diffusers cannot load as text to image, or no safety checker where one is asked.
-        """
+    def _pipeline_class(self, folder: Path) -> Any:
         from diffusers import AutoPipelineForText2Image
 
-        device = pick_device(self.device)
-        # A place that the index leaves empty on purpose, such as SD3 without its T5, has to be named.
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        options: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
-        if self.variant is not None:
-            options["variant"] = self.variant
-        pipe = AutoPipelineForText2Image.from_pretrained(
-            folder,
-            torch_dtype=pick_dtype(self.dtype, device),
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        pipe.to(device)
-        checker = getattr(pipe, "safety_checker", None)
-        if checker is None and self.safety_checker not in (None, "off"):
-            raise ValueError(f"{folder} has no safety checker; set safety_checker: off")
-        if checker is not None:
-            # The pipeline would blacken what it flags; the policy here decides instead.
-            pipe.register_modules(safety_checker=None)
-        return TextToImage(
-            pipe=pipe,
-            checker=None if self.safety_checker == "off" else checker,
-            scheduler_name=type(pipe.scheduler).__name__,
-            scheduler_config=pipe.scheduler.config,
-            accepts=frozenset(inspect.signature(pipe.__call__).parameters),
-        )
+        return AutoPipelineForText2Image
 
-    def run(self, model: TextToImage, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Make one picture per row.
-
-        Returns, per row: `image`, uint8 (H, W, 3) or None where the policy rejects it; `nsfw`, bool or None where
-        nothing checks; `intermediates`, a list of (step, latents (C, H/8, W/8), preview uint8 (H, W, 3)).
-
-        Raises:
-            RowRefused: a picture with NaN, or a row that asks for what the pipeline does not take.
-        """
-        import torch
-
-        first = rows[0]
-        kept = Kept(self.save_intermediates) if self.save_intermediates else None
-        model.pipe.scheduler = make_scheduler(first["scheduler"] or model.scheduler_name, dict(model.scheduler_config))
-        with torch.inference_mode():
-            images_BCHW = model.pipe(**self._arguments(model, rows, kept)).images
-            if not bool(torch.isfinite(images_BCHW).all()):
-                raise RowRefused("model.nan", "the model gave NaN; try dtype: fp32 or bf16, or another scheduler")
-            flagged = self._flag(model, images_BCHW)
-            pictures = to_uint8(images_BCHW)
-            previews = [to_uint8(decode(model.pipe, x)) for x in kept.latents] if kept else []
-        outputs: list[dict[str, Any]] = []
-        for i, picture in enumerate(pictures):
-            nsfw = None if flagged is None else flagged[i]
-            hidden = bool(nsfw) and self.safety_checker in ("blank", "reject")
-            image = picture if not hidden else (None if self.safety_checker == "reject" else picture * 0)
-            steps = [
-                (step, latents[i].float().cpu().numpy(), preview[i])
-                for step, latents, preview in (zip(kept.steps, kept.latents, previews, strict=True) if kept else ())
-            ]
-            outputs.append({"image": image, "nsfw": nsfw, "intermediates": [] if hidden else steps})
-        return outputs
-
-    def _arguments(self, model: TextToImage, rows: Sequence[Row], kept: Kept | None) -> dict[str, Any]:
-        import torch
-
-        first = rows[0]
-        arguments: dict[str, Any] = {
-            "prompt": [row["prompt"] for row in rows],
-            "height": first["height"],
-            "width": first["width"],
-            "num_inference_steps": first["num_inference_steps"],
-            "guidance_scale": first["guidance_scale"],
-            # On the CPU whatever the device, so that the noise of a seed is the same everywhere.
-            "generator": [torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
-            "output_type": "pt",
-        }
-        if first["negative_prompt"]:
-            arguments["negative_prompt"] = [row["negative_prompt"] or "" for row in rows]
-        if kept is not None:
-            arguments["callback_on_step_end"] = kept
-        for name in ("negative_prompt", "callback_on_step_end"):
-            if name in arguments and name not in model.accepts:
-                raise RowRefused("model.unsupported", f"{type(model.pipe).__name__} takes no {name}")
-        return arguments
-
-    def _flag(self, model: TextToImage, images_BCHW: torch.Tensor) -> list[bool] | None:
-        if model.checker is None:
-            return None
-        pipe = model.pipe
-        pictures = pipe.image_processor.numpy_to_pil(images_BCHW.float().permute(0, 2, 3, 1).cpu().numpy())
-        seen = pipe.feature_extractor(pictures, return_tensors="pt").pixel_values
-        seen = seen.to(images_BCHW.device, next(model.checker.parameters()).dtype)
-        _, flagged = model.checker(images=images_BCHW.clone(), clip_input=seen)
-        return [bool(flag) for flag in flagged]
-
-
-def decode(pipe: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
-    """Latents as the pipeline holds them → images_BCHW in [0, 1]."""
-    if latents_BCHW.ndim != 4:
-        raise RowRefused(
-            "model.unsupported", f"save_intermediates does not know {type(pipe).__name__}'s packed latents"
-        )
-    config = pipe.vae.config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    images_BCHW = pipe.vae.decode(latents_BCHW / config.scaling_factor + shift, return_dict=False)[0]
-    in_range_BCHW: torch.Tensor = (images_BCHW / 2 + 0.5).clamp(0, 1)
-    return in_range_BCHW
-
-
-def to_uint8(images_BCHW: torch.Tensor) -> list[NDArray[np.uint8]]:
-    """Images in [0, 1] → (H, W, 3) uint8 each, rounded on the device as diffusers' numpy_to_pil does."""
-    import torch
-
-    bytes_BHWC = images_BCHW.permute(0, 2, 3, 1).float().mul(255).round().clamp(0, 255).to(torch.uint8)
-    return list(bytes_BHWC.cpu().contiguous().numpy())
+    def _inputs(self, model: Pipeline, rows: Sequence[Row]) -> dict[str, Any]:
+        return {"height": rows[0]["height"], "width": rows[0]["width"]}

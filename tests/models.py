@@ -10,12 +10,18 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LDMSuperResolutionPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import (
@@ -162,6 +168,63 @@ def save_sd3(folder: Path) -> None:
 
 def save_sdxl(folder: Path) -> None:
     tiny_sdxl().save_pretrained(folder)
+
+
+def tiny_inpainting() -> StableDiffusionInpaintPipeline:
+    """An inpainting model proper: its U-Net sees latents, mask and masked image."""
+    pipe = tiny_stable_diffusion()
+    torch.manual_seed(1)
+    parts = {**pipe.components, "unet": unet(in_channels=9, out_channels=4)}
+    return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+
+
+def tiny_ldm_x4() -> LDMSuperResolutionPipeline:
+    torch.manual_seed(0)
+    return LDMSuperResolutionPipeline(
+        vqvae=VQModel(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            latent_channels=3,
+            num_vq_embeddings=64,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        ),
+        unet=UNet2DModel(
+            sample_size=16,
+            in_channels=6,
+            out_channels=3,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            add_attention=False,
+        ),
+        scheduler=noise(),
+    )
+
+
+def tiny_sd_x4() -> StableDiffusionUpscalePipeline:
+    torch.manual_seed(0)
+    words = tokenizer()
+    return StableDiffusionUpscalePipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.08333,
+        ),
+        text_encoder=CLIPTextModel(text_config(words)),
+        tokenizer=words,
+        unet=unet(in_channels=7, out_channels=4, num_class_embeds=1000),
+        low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02),
+        scheduler=noise(),
+        max_noise_level=350,
+    )
 
 
 def safety_checker(flags: bool) -> StableDiffusionSafetyChecker:

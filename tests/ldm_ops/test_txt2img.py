@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoPipelineForText2Image
 
 from ldm_ops.op import RowRefused
+from ldm_ops.sampling import Pipeline
 from ldm_ops.schedulers import SCHEDULERS
-from ldm_ops.txt2img import TextToImage, Txt2Img
+from ldm_ops.txt2img import Txt2Img
 from tests import models
 
 PROMPTS = ("a large red circle on a white background", "a small blue star", "a green cross", "a pink square")
@@ -33,13 +34,13 @@ def row(prompt: str = PROMPTS[0], seed: int = 1, **values: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_model: Path) -> tuple[Txt2Img, TextToImage]:
+def loaded(tiny_model: Path) -> tuple[Txt2Img, Pipeline]:
     op = Txt2Img(model=str(tiny_model))
     return op, op.load(tiny_model)
 
 
 def test_a_row_gives_the_picture_that_diffusers_gives_for_its_seed(
-    loaded: tuple[Txt2Img, TextToImage], tiny_model: Path
+    loaded: tuple[Txt2Img, Pipeline], tiny_model: Path
 ) -> None:
     op, model = loaded
     rows = [row(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
@@ -58,7 +59,7 @@ def test_a_row_gives_the_picture_that_diffusers_gives_for_its_seed(
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if not name.startswith("flow")])
 def test_a_rows_bits_do_not_depend_on_its_place_or_its_neighbours(
-    loaded: tuple[Txt2Img, TextToImage], scheduler: str
+    loaded: tuple[Txt2Img, Pipeline], scheduler: str
 ) -> None:
     op, model = loaded
     mine = row(seed=5, scheduler=scheduler)
@@ -69,7 +70,7 @@ def test_a_rows_bits_do_not_depend_on_its_place_or_its_neighbours(
     assert len(np.unique(first)) > 10
 
 
-def test_negative_prompt_and_guidance_of_a_row_matter(loaded: tuple[Txt2Img, TextToImage]) -> None:
+def test_negative_prompt_and_guidance_of_a_row_matter(loaded: tuple[Txt2Img, Pipeline]) -> None:
     op, model = loaded
     plain = op.run(model, [row()])[0]["image"]
     assert not np.array_equal(plain, op.run(model, [row(negative_prompt="blue")])[0]["image"])

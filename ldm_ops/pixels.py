@@ -1,0 +1,28 @@
+"""Between pixels as files hold them, uint8 (H, W, 3), and as models take them, images_BCHW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+
+def to_uint8(images_BCHW: torch.Tensor) -> list[NDArray[np.uint8]]:
+    """Images in [0, 1] → (H, W, 3) uint8 each, rounded on the device as diffusers' numpy_to_pil does."""
+    import torch
+
+    bytes_BHWC = images_BCHW.permute(0, 2, 3, 1).float().mul(255).round().clamp(0, 255).to(torch.uint8)
+    return list(bytes_BHWC.cpu().contiguous().numpy())
+
+
+def from_uint8(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+    """(H, W, 3) or (H, W) uint8 each, all of one size → images_BCHW in [0, 1], float32 on the CPU."""
+    import numpy as np
+    import torch
+
+    stack = torch.from_numpy(np.stack([p if p.ndim == 3 else p[..., None] for p in pictures]))
+    return stack.permute(0, 3, 1, 2).float().div(255)
