@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from ldm_ops.schedulers import is_flow, scheduler_name
 
+UPSCALERS = ("LDMSuperResolutionPipeline", "StableDiffusionUpscalePipeline")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -24,6 +25,7 @@ class ModelFacts(BaseModel, frozen=True):
     scheduler: str
     flow_matching: bool
     has_safety_checker: bool
+    is_upscaler: bool
 
 
 class NotAModel(ValueError):
@@ -94,4 +96,5 @@ def describe(folder: Path) -> ModelFacts:
         scheduler=scheduler,
         flow_matching=is_flow(scheduler),
         has_safety_checker="safety_checker" in components,
+        is_upscaler=pipeline in UPSCALERS,
     )

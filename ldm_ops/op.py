@@ -42,6 +42,10 @@ class Op(BaseModel, ABC):
         caller finds out which one it was.
         """
 
+    def bucket(self, row: Row) -> tuple[Any, ...]:
+        """What must be equal inside one device batch."""
+        return ()
+
     @staticmethod
     def is_out_of_memory(error: BaseException) -> bool:
         """Whether a smaller batch may help."""

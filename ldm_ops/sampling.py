@@ -81,6 +81,7 @@ class Sampling(Op):
     )
     revision: str | None = Field(None, description="commit or tag of a hub model; needed there, and only there")
     variant: str | None = Field(None, description="weight file variant of the model, such as fp16")
+    prompt: str | None = Field(None, max_length=100_000, description="of rows that bring none of their own")
     scheduler: SchedulerName | None = Field(None, description="name of a sampler; the model's own where left out")
     num_inference_steps: int = Field(50, ge=1, le=1000)
     guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False)
@@ -140,6 +141,13 @@ class Sampling(Op):
             scheduler_config=pipe.scheduler.config,
             accepts=frozenset(inspect.signature(pipe.__call__).parameters),
         )
+
+    def bucket(self, row: Row) -> tuple[Any, ...]:
+        """Sizes, steps, guidance, sampler; and whether there is a negative prompt at all, which SDXL tells from an
+        empty one: a row must not notice its neighbours."""
+        image = row.get("image")
+        own = tuple(row.get(name) for name in ("height", "width", "num_inference_steps", "scheduler", "strength"))
+        return (*own, row["guidance_scale"], bool(row["negative_prompt"]), None if image is None else image.shape)
 
     def run(self, model: Pipeline, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Make one picture per row.

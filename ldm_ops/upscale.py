@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from ldm_ops.describe import UPSCALERS
 from ldm_ops.op import Row, RowRefused
 from ldm_ops.pixels import from_uint8
 from ldm_ops.sampling import Kept, Pipeline, Sampling
@@ -17,7 +18,6 @@ from ldm_ops.tiles import tile_decoder, tile_unet
 if TYPE_CHECKING:
     import torch
 
-UPSCALERS = ("LDMSuperResolutionPipeline", "StableDiffusionUpscalePipeline")
 SCALE = 4
 
 PLAIN_SCHEDULERS = frozenset(

@@ -12,22 +12,59 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+MAX_MESSAGE_CHARS = 500
+
+STAGE = pa.struct(
+    [
+        ("op", pa.string()),
+        ("status", pa.string()),
+        ("model", pa.string()),
+        ("model_revision", pa.string()),
+        ("seed", pa.int64()),
+        ("num_inference_steps", pa.int32()),
+        ("guidance_scale", pa.float64()),
+        ("scheduler", pa.string()),
+        ("strength", pa.float64()),
+        ("batch_size", pa.int32()),
+        ("device", pa.string()),
+        ("worker", pa.string()),
+        ("duration_s", pa.float64()),
+        ("uri", pa.string()),
+        ("sha256", pa.string()),
+        ("num_bytes", pa.int64()),
+    ]
+)
+"""What one stage did to a row, under which parameters; `uri` where its picture was kept on the way."""
+
 RESULT_FIELDS = [
     pa.field("status", pa.string()),
     pa.field("stage", pa.string()),
     pa.field("error_type", pa.string()),
     pa.field("error_message", pa.string()),
-    pa.field("image", pa.binary()),
+    pa.field("pixels", pa.binary()),
+    pa.field("mask_pixels", pa.binary()),
+    pa.field("kept", pa.list_(pa.struct([("stage", pa.int32()), ("pixels", pa.binary())]))),
     pa.field("nsfw", pa.bool_()),
     pa.field(
         "intermediates", pa.list_(pa.struct([("step", pa.int32()), ("latents", pa.binary()), ("preview", pa.binary())]))
     ),
-    pa.field("batch_size", pa.int32()),
-    pa.field("device", pa.string()),
-    pa.field("worker", pa.string()),
-    pa.field("duration_s", pa.float64()),
+    pa.field("stages", pa.list_(STAGE)),
 ]
-"""What a worker adds to the planned rows of a shard."""
+"""What travels beside the planned rows of a shard, from loading through every stage to the sink.
+
+`status` is null until something is wrong, or the last stage is done. `pixels` is the picture so far, as .npy bytes;
+`kept` those of earlier stages that are to be written too.
+"""
+
+
+def with_results(planned: pa.Table, results: list[dict[str, Any]]) -> pa.Table:
+    """The first rows of `planned`, one per result, with RESULT_FIELDS as `results` say, in place of any before."""
+    out = planned.slice(0, len(results))
+    for field in RESULT_FIELDS:
+        column = pa.array([result.get(field.name) for result in results], field.type)
+        at = out.schema.get_field_index(field.name)
+        out = out.append_column(field, column) if at < 0 else out.set_column(at, field, column)
+    return out
 
 
 def pack(array: NDArray[Any]) -> bytes:

@@ -204,9 +204,10 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
         "num_wrong": planned.num_wrong,
         "num_batches": planned.new.num_batches if planned.new else 0,
         "num_shards": planned.num_shards,
-        "model": planned.weights.name,
-        "model_revision": planned.weights.revision,
-        "pipeline": planned.facts.pipeline,
+        "models": [
+            {"model": weights.name, "model_revision": weights.revision, "pipeline": facts.pipeline}
+            for weights, facts in planned.models
+        ],
         "buckets": planned.buckets,
         "problems": planned.problems,
     }
@@ -214,7 +215,7 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
 
 def _planned_text(planned: Planned) -> str:
     lines = [
-        f"model      {planned.weights.name} @ {planned.weights.revision} ({planned.facts.pipeline})",
+        *(f"model      {weights.name} @ {weights.revision} ({facts.pipeline})" for weights, facts in planned.models),
         f"rows       {planned.num_source_rows}",
         f"pictures   {planned.num_rows} ({planned.num_duplicates} duplicates made once, "
         f"{planned.num_known} planned before)",
@@ -225,20 +226,28 @@ def _planned_text(planned: Planned) -> str:
         lines.append(
             f"batches    {planned.new.num_batches} of {planned.new.batch_size}, in {len(planned.new.shards)} shards"
         )
-        lines.append("           rows  batches  size       steps  guidance  scheduler")
-        lines += [
-            f"         {b['rows']:>6}  {b['batches']:>7}  {b['width']}×{b['height']:<6} {b['num_inference_steps']:>6}"
-            f"  {b['guidance_scale']:>8g}  {b['scheduler']}"
-            for b in planned.buckets[:12]
-        ]
+        lines.append("           rows  batches  size         steps  guidance  strength  scheduler")
+        lines += [_bucket_text(bucket) for bucket in planned.buckets[:12]]
         if len(planned.buckets) > 12:
             lines.append(f"           … and {len(planned.buckets) - 12} other combinations")
     return "\n".join(lines)
 
 
+def _bucket_text(bucket: dict[str, Any]) -> str:
+    width, height, strength = bucket["width"], bucket["height"], bucket["strength"]
+    size = f"{width or '?'}×{height or '?'}" if width or height else "as it is"
+    return (
+        f"         {bucket['rows']:>6}  {bucket['batches']:>7}  {size:<10} {bucket['num_inference_steps']:>6}"
+        f"  {bucket['guidance_scale']:>8g}  {'' if strength is None else f'{strength:g}':>8}  {bucket['scheduler']}"
+    )
+
+
 def _totals_text(totals: Totals) -> str:
     parts = [f"{totals.num_ok} ok", f"{totals.num_failed} failed", f"{totals.num_filtered} filtered"]
-    text = f"{', '.join(parts)} of {totals.num_planned} planned; {totals.num_shards_done} of {totals.num_shards} shards"
+    text = (
+        f"{', '.join(parts)} of {totals.num_planned} planned; {totals.num_shards_done} of {totals.num_shards} shards, "
+        f"{totals.num_bytes / 1e6:.1f} MB"
+    )
     if totals.failures:
         text += "\nfailures: " + ", ".join(f"{kind} × {n}" for kind, n in sorted(totals.failures.items()))
     return text
@@ -249,7 +258,7 @@ def _summary_text(path: Path, job: Job, summary: Summary) -> str:
     lines = []
     if summary.num_new_rows:
         lines.append(f"{summary.num_new_rows} pictures in {summary.duration_s:.1f} s ({summary.rows_per_s:.2f} rows/s)")
-    lines.append(f"{out}: {_totals_text(totals)}, {totals.num_bytes / 1e6:.1f} MB")
+    lines.append(f"{out}: {_totals_text(totals)}")
     if summary.first_error:
         lines.append(f"first failure: {summary.first_error}")
     if summary.exit_code in (0, 3):

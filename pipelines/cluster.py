@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipelines.errors import JobError, RunFailed
-from pipelines.job import Pool
+from pipelines.stages import Pool
 
 TASK_CPUS = 0.25
 """CPU share of one task that loads or commits a shard; two of them must always find room beside the workers."""
@@ -90,8 +90,11 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def fit(pool: Pool, weights_bytes: int) -> Fit:
-    """Share the cluster among the pool's workers; `auto` takes one per GPU, else one per core that memory allows.
+def fit(pools: Sequence[tuple[Pool, int]]) -> list[Fit]:
+    """Share the cluster among the stages' pools, given each one's weights in bytes.
+
+    `auto` takes one worker per GPU, else one per core that memory allows; several stages that leave it at that share
+    alike. Pools that all fit at once can never wait for each other.
 
     Raises:
         JobError: they do not fit, with the numbers.
@@ -101,23 +104,47 @@ def fit(pool: Pool, weights_bytes: int) -> Fit:
     total = ray.cluster_resources()
     cpus, gpus, memory = total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0)
     room = cpus - 2 * TASK_CPUS
-    if pool.workers != "auto":
-        workers = pool.workers
-    elif pool.num_gpus:
-        workers = max(1, int(gpus / pool.num_gpus + 1e-6))
-    else:
-        by_memory = int(memory * MEMORY_SHARE // (2 * weights_bytes + WORKER_BYTES))
-        by_cpus = int(room / pool.num_cpus) if pool.num_cpus else int(cpus) // pool.num_threads
-        workers = max(1, min(by_cpus, by_memory))
-    if workers * pool.num_gpus > gpus:
+    autos = [(pool, size) for pool, size in pools if pool.workers == "auto"]
+    # What the stages with a number of their own leave to those without.
+    gpus_left = gpus - sum(_count(pool) * pool.num_gpus for pool, _ in pools if pool.workers != "auto")
+    cpus_left = cpus - sum(_count(pool) * pool.num_threads for pool, _ in pools if pool.workers != "auto")
+    room_left = room - sum(_count(pool) * (pool.num_cpus or 0) for pool, _ in pools if pool.workers != "auto")
+    on_gpu = sum(1 for pool, _ in autos if pool.num_gpus)
+    on_cpu = len(autos) - on_gpu
+    counts = []
+    for pool, size in pools:
+        if pool.workers != "auto":
+            counts.append(pool.workers)
+        elif pool.num_gpus:
+            counts.append(max(1, int(gpus_left / on_gpu / pool.num_gpus + 1e-6)))
+        else:
+            by_memory = int(memory * MEMORY_SHARE / on_cpu // (2 * size + WORKER_BYTES))
+            share = room_left / on_cpu / pool.num_cpus if pool.num_cpus else cpus_left / on_cpu / pool.num_threads
+            counts.append(max(1, min(int(share), by_memory)))
+    needed_gpus = sum(count * pool.num_gpus for count, (pool, _) in zip(counts, pools, strict=True))
+    if needed_gpus > gpus + 1e-6:
+        what = _list(counts, [f"{pool.num_gpus:g} GPUs" for pool, _ in pools], [pool.num_gpus > 0 for pool, _ in pools])
         raise JobError(
-            f"stages.0: {workers} workers × {pool.num_gpus:g} GPUs need {workers * pool.num_gpus:g}, the "
-            f"cluster has {gpus:g}; lower workers or num_gpus (0 computes on the CPU)"
+            f"{what} need {needed_gpus:g}, the cluster has {gpus:g}; lower workers or num_gpus (a fraction shares a "
+            "GPU, 0 computes on the CPU)"
         )
-    num_cpus = pool.num_cpus if pool.num_cpus is not None else min(1.0, int(room / workers * 100) / 100)
-    if num_cpus < 0.01 or workers * num_cpus > room + 1e-6:
+    named = sum(count * pool.num_cpus for count, (pool, _) in zip(counts, pools, strict=True) if pool.num_cpus)
+    unnamed = sum(count for count, (pool, _) in zip(counts, pools, strict=True) if pool.num_cpus is None)
+    each = min(1.0, int((room - named) / unnamed * 100) / 100) if unnamed else 1.0
+    shares = [pool.num_cpus if pool.num_cpus is not None else each for pool, _ in pools]
+    if each < 0.01 or named + unnamed * each > room + 1e-6:
+        what = _list(counts, [f"{max(share, 0.01):g} CPUs" for share in shares], [True] * len(pools))
         raise JobError(
-            f"stages.0: {workers} workers × {max(num_cpus, 0.01):g} CPUs do not fit beside {2 * TASK_CPUS:g} for "
-            f"reading and writing; the cluster has {cpus:g}; lower workers or num_cpus"
+            f"{what} do not fit beside {2 * TASK_CPUS:g} for reading and writing; the cluster has {cpus:g}; lower "
+            "workers or num_cpus"
         )
-    return Fit(workers, num_cpus, pool.num_gpus)
+    return [Fit(count, share, pool.num_gpus) for count, share, (pool, _) in zip(counts, shares, pools, strict=True)]
+
+
+def _count(pool: Pool) -> int:
+    return 0 if pool.workers == "auto" else pool.workers
+
+
+def _list(counts: list[int], shares: list[str], named: list[bool]) -> str:
+    parts = zip(counts, shares, named, strict=True)
+    return " and ".join(f"stages.{i}: {n} workers × {share}" for i, (n, share, named) in enumerate(parts) if named)

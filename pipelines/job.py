@@ -8,12 +8,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from ldm_ops.txt2img import Txt2Img
 from pipelines.errors import JobError
+from pipelines.stages import STAGES, AnyStage, Pool, Stage
 from pipelines.yaml_file import Document, override, read_yaml
 
 SCHEMA_HEADER = "# yaml-language-server: $schema="
@@ -28,13 +28,15 @@ RowName = Literal[
     "num_inference_steps",
     "guidance_scale",
     "scheduler",
+    "strength",
+    "image",
+    "mask_image",
 ]
 """Columns of a table that mean something; all others pass through."""
 
-ROW_PARAMETERS: tuple[str, ...] = tuple(name for name in get_args(RowName) if name != "id")
-"""Those that set a parameter of their row, in the order of `PlannedRow.values`."""
-
-MatrixName = Literal["negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "scheduler"]
+MatrixName = Literal[
+    "negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "scheduler", "strength"
+]
 
 
 class Section(BaseModel):
@@ -47,11 +49,12 @@ class Source(Section):
     """Where rows come from: a table (`path`) or the job file itself (`rows`)."""
 
     path: str | list[str] | None = Field(
-        None, description="file, glob, list or fsspec URL of CSV, TSV, JSONL, Parquet, or text with a prompt a line"
+        None,
+        description="file, glob, list or fsspec URL of CSV, TSV, JSONL, Parquet, text with a prompt a line, or images",
     )
     rows: list[str | dict[str, Any]] | None = Field(None, description="prompts, or rows as mappings, inline")
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "text"] = Field(
-        "auto", description="auto goes by the file's ending"
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "text", "images"] = Field(
+        "auto", description="auto goes by the ending; a folder is one of images"
     )
     columns: dict[RowName, str] = Field(default_factory=dict, description="ours: theirs, such as prompt: caption")
     templates: dict[Literal["prompt", "negative_prompt"], str] = Field(
@@ -72,36 +75,6 @@ class Source(Section):
         return self
 
 
-class Pool(BaseModel):
-    """How a stage is spread over the cluster.
-
-    Only `batch_size`, and on a CPU `num_threads`, can change the last bits of a picture: the plan freezes both.
-    """
-
-    batch_size: int = Field(8, ge=1, le=4096, description="rows of one device call")
-    workers: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
-        "auto", description="processes that hold the model; auto is one per GPU, or per CPU core where num_gpus is 0"
-    )
-    num_gpus: float = Field(0, ge=0, le=64, description="GPUs of one worker; a fraction shares one")
-    num_cpus: float | None = Field(None, gt=0, description="CPU share of one worker; fitted to the machine if left out")
-    num_threads: int = Field(
-        1, ge=1, le=1024, description="torch threads of one worker; more workers beat more threads while memory lasts"
-    )
-
-
-class Txt2ImgStage(Pool, Txt2Img):
-    """The `txt2img` op with its pool."""
-
-    op: Literal["txt2img"]
-
-    def bare(self) -> Txt2Img:
-        """The op without its pool."""
-        return Txt2Img(**self.model_dump(include=set(Txt2Img.model_fields)))
-
-
-Stage = Txt2ImgStage
-
-
 class Sink(Section):
     """Where results go."""
 
@@ -118,16 +91,26 @@ class Job(Section):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "job"
     seed: int = Field(0, ge=0, lt=2**63, description="rows without a seed derive theirs from it")
     source: Source
-    stages: Annotated[list[Stage], Field(min_length=1, max_length=1)]
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=8)]
     sink: Sink
     batches_per_shard: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
         "auto", description="device batches in the unit of commit and resume"
     )
 
     @property
-    def stage(self) -> Stage:
-        """The stage that makes the picture."""
+    def stage(self) -> AnyStage:
+        """The first stage, the one whose parameters a row may set."""
         return self.stages[0]
+
+    @model_validator(mode="after")
+    def _links(self) -> Job:
+        for i, stage in enumerate(self.stages):
+            if i and stage.op in ("txt2img", "inpaint"):
+                takes = "no image" if stage.op == "txt2img" else "a mask, which only a row can bring"
+                raise ValueError(f"stages.{i}: {stage.op} takes {takes}; it can only be the first stage")
+            if stage.keep and i == len(self.stages) - 1:
+                raise ValueError(f"stages.{i}.keep: the last stage's pictures are always written; leave it out")
+        return self
 
     def resolved_yaml(self) -> str:
         """What `_ldm/job.yaml` keeps: every default filled in, no storage option."""
@@ -141,9 +124,8 @@ class Job(Section):
 
     def output_settings(self) -> dict[str, Any]:
         """All that changes what comes out except the table's content, flat: {"stages.0.guidance_scale": 7.5, …}."""
-        stage_spelling = {"model", "revision"}
         # Not how a model is spelled or where a table lies: the weights' digest and the rows' keys say what they are.
-        not_output = set(Pool.model_fields) | stage_spelling
+        not_output = (set(Pool.model_fields) - {"keep"}) | {"model", "revision"}
         stages = [stage.model_dump(mode="json", exclude=not_output | stage.run_only) for stage in self.stages]
         sink = self.sink.model_dump(
             include={"layout", "format"} | ({"quality"} if self.sink.format == "jpeg" else set())
@@ -200,20 +182,31 @@ def parse_job(
 
 
 def _sentence(document: Document, error: Any) -> str:
-    loc = tuple(error["loc"])
+    loc = _without_tag(tuple(error["loc"]))
     path = ".".join(str(step) for step in loc if not _is_branch(step)) or "job"
     at, kind, came = document.where(loc), error["type"], error.get("input")
     if kind == "extra_forbidden":
-        allowed = _allowed(loc)
+        allowed = _allowed(document, loc)
         near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(allowed)}"
         return f"{at}: {path}: unknown field; {hint}"
     if kind == "missing":
         return f"{at}: {path}: missing; it is needed"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        op = came.get("op") if isinstance(came, dict) else None
+        shown = "missing" if op is None else f"got {str(op)[:80]!r}"
+        near = difflib.get_close_matches(str(op), STAGES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(STAGES)}"
+        return f"{document.where((*loc, 'op'))}: {path}.op: {shown}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     shown = repr(came) if isinstance(came, (str, int, float, bool, type(None))) else type(came).__name__
     return f"{at}: {path}: {message}; got {shown[:80]}" if kind != "value_error" else f"{at}: {path}: {message}"
+
+
+def _without_tag(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    # pydantic puts the op's name between a stage and its field.
+    return (*loc[:2], *loc[3:]) if loc[:1] == ("stages",) and len(loc) > 2 and loc[2] in STAGES else loc
 
 
 def _is_branch(step: str | int) -> bool:
@@ -221,13 +214,13 @@ def _is_branch(step: str | int) -> bool:
     return isinstance(step, str) and bool(re.match(r"^(\[key\]|list\[|dict\[|str$|int$|literal\[|constrained-)", step))
 
 
-def _allowed(loc: tuple[str | int, ...]) -> list[str]:
+def _allowed(document: Document, loc: tuple[str | int, ...]) -> list[str]:
     if loc[0] == "source" and len(loc) > 1:
         return list(Source.model_fields)
     if loc[0] == "sink" and len(loc) > 1:
         return list(Sink.model_fields)
     if loc[0] == "stages" and len(loc) > 2:
-        return sorted(Txt2ImgStage.model_fields)
+        return sorted(STAGES[document.data["stages"][loc[1]]["op"]].model_fields)
     return list(Job.model_fields)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.blocks import STAGE
 from pipelines.errors import NotWhole
 from pipelines.storage import Store
 
@@ -50,6 +51,8 @@ SCHEMA = pa.schema(
         pa.field("guidance_scale", pa.float64()),
         pa.field("scheduler", pa.string()),
         pa.field("strength", pa.float64()),
+        pa.field("image", pa.string()),
+        pa.field("mask_image", pa.string()),
         pa.field("model", pa.string()),
         pa.field("model_revision", pa.string()),
         pa.field("source_uri", pa.string()),
@@ -57,6 +60,7 @@ SCHEMA = pa.schema(
         pa.field("num_duplicates", pa.int32()),
         pa.field("nsfw", pa.bool_()),
         pa.field("intermediates", pa.list_(INTERMEDIATE)),
+        pa.field("stages", pa.list_(STAGE)),
         pa.field("batch_size", pa.int32()),
         pa.field("device", pa.string()),
         pa.field("worker", pa.string()),
@@ -68,7 +72,8 @@ SCHEMA = pa.schema(
 """One row per planned row; the table's other columns follow, `input.` in front where a name is taken.
 
 `status` is ok, failed or filtered. `uri` is relative to the output. Sizes in px, `duration_s` is the row's share of its
-device batch. `intermediates` lists what `save_intermediates` kept.
+device batch, over all stages. `image` is what the row brought along. `intermediates` lists what `save_intermediates`
+kept; `stages` what each stage did and under which parameters, the fields above being those of the first.
 """
 
 FOLDER = "manifest"

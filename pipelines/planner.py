@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,10 +24,11 @@ from pipelines import manifest
 from pipelines.blocks import RESULT_FIELDS
 from pipelines.commit import commit
 from pipelines.errors import JobError
-from pipelines.job import ROW_PARAMETERS, Job, digest
+from pipelines.job import Job, digest
 from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, same_settings
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
 from pipelines.source import Chunk, read_source
+from pipelines.stages import ROW_PARAMETERS, SCALES
 from pipelines.storage import Store
 from pipelines.weights import Weights, identify
 
@@ -36,7 +38,7 @@ AUTO_SHARDS = 16
 AUTO_MAX_BATCHES = 8
 AUTO_MAX_PIXEL_BYTES = 192 << 20
 
-BUCKET = ("height", "width", "num_inference_steps", "scheduler", "guidance_scale")
+BUCKET = ("height", "width", "num_inference_steps", "scheduler", "guidance_scale", "strength")
 """What must be equal inside one device batch; beside it, whether there is a negative prompt at all: some pipelines
 (SDXL) treat none and an empty one differently, and a row must not notice its neighbours."""
 
@@ -51,6 +53,9 @@ OWN_FIELDS = [
     pa.field("num_inference_steps", pa.int32()),
     pa.field("guidance_scale", pa.float64()),
     pa.field("scheduler", pa.string()),
+    pa.field("strength", pa.float64()),
+    pa.field("image", pa.string()),
+    pa.field("mask_image", pa.string()),
     pa.field("source_uri", pa.string()),
     pa.field("source_row", pa.int64()),
     pa.field("problem", pa.string()),
@@ -77,8 +82,7 @@ class Planned:
     num_wrong: int
     problems: list[str]
     buckets: list[dict[str, Any]]
-    weights: Weights
-    facts: ModelFacts
+    models: list[tuple[Weights, ModelFacts]]
     num_rows: int = 0
 
     @property
@@ -132,12 +136,22 @@ class _Planner:
     def __init__(self, job: Job, limit: int | None) -> None:
         self.job = job
         self.limit = limit
-        stage = job.stage
-        self.weights, self.facts = identify(stage.model, stage.revision, stage.variant, job.source.storage_options)
-        if stage.safety_checker not in (None, "off") and not self.facts.has_safety_checker:
-            raise JobError(f"stages.0.safety_checker: {stage.model} has no safety checker; leave it out, or set off")
-        self.resolver = Resolver(job, self.weights, self.facts)
-        self.settings = {**job.output_settings(), "stages.0.model_revision": self.weights.revision}
+        self.models = [
+            identify(stage.model, stage.revision, stage.variant, job.source.storage_options) for stage in job.stages
+        ]
+        for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True)):
+            if (stage.op == "upscale") != facts.is_upscaler:
+                takes = "an upscaler" if stage.op == "upscale" else "a text-to-image model"
+                raise JobError(f"stages.{i}.model: {stage.model} is a {facts.pipeline}; {stage.op} takes {takes}")
+            if stage.safety_checker not in (None, "off") and not facts.has_safety_checker:
+                raise JobError(
+                    f"stages.{i}.safety_checker: {stage.model} has no safety checker; leave it out, or set off"
+                )
+        self.resolver = Resolver(job, self.models)
+        self.settings = {
+            **job.output_settings(),
+            **{f"stages.{i}.model_revision": weights.revision for i, (weights, _) in enumerate(self.models)},
+        }
 
     def plan(self, plans: list[Plan], store: Store | None) -> Planned:
         known = set(_known_keys(plans, store)) if store is not None else set()
@@ -199,8 +213,7 @@ class _Planner:
             num_wrong=num_wrong,
             problems=problems,
             buckets=buckets,
-            weights=self.weights,
-            facts=self.facts,
+            models=self.models,
             num_rows=len(counts),
         )
 
@@ -235,8 +248,10 @@ class _Planner:
         num_batches = int(per_bucket.sum())
         per_shard = self.job.batches_per_shard
         if per_shard == "auto":
-            sides = np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 0)).max()
-            fitting = int(AUTO_MAX_PIXEL_BYTES // max(1, int(sides) * 3 * size))
+            # Images of unknown size count as a square of 1024.
+            sides = int(np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 1 << 20)).max())
+            sides *= math.prod(SCALES.get(stage.op, 1) ** 2 for stage in self.job.stages)
+            fitting = int(AUTO_MAX_PIXEL_BYTES // max(1, sides * 3 * size))
             per_shard = int(max(1, min(num_batches // AUTO_SHARDS, AUTO_MAX_BATCHES, fitting)))
         shard = batch // per_shard
         table = table.append_column("batch", pa.array(batch.astype(np.int32))).append_column(
@@ -247,7 +262,8 @@ class _Planner:
         bounds = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), table.num_rows)
         pieces = [(int(a), int(b)) for a, b in pairwise(bounds)]
         digests = [manifest.keys_digest(keys[a:b]) for a, b in pieces]
-        plan_id = digest([PROTOCOL, size, self.job.stage.num_threads, per_shard, digests])[:16]
+        pools = [[stage.batch_size, stage.num_threads] for stage in self.job.stages]
+        plan_id = digest([PROTOCOL, pools, per_shard, digests])[:16]
         shards = tuple(
             Shard(
                 plan_id=plan_id,
@@ -282,7 +298,7 @@ class _Planner:
                 "batches": int(per_bucket[i]),
             }
             for i in range(len(starts))
-            if first["height"][i].is_valid
+            if first["seed"][i].is_valid
         ]
         return plan, table, buckets
 
@@ -290,9 +306,10 @@ class _Planner:
 def _cost(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Relative device work of each row: steps × pixels, twice with guidance."""
     steps = np.asarray(pc.fill_null(table["num_inference_steps"], 0), dtype=np.float64)
-    pixels = np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 0), dtype=np.float64)
+    pixels = np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 1 << 20), dtype=np.float64)
+    strength = np.asarray(pc.fill_null(table["strength"], 1.0), dtype=np.float64)
     guided = np.where(np.asarray(pc.fill_null(table["guidance_scale"], 0.0)) > 1, 2.0, 1.0)
-    return np.asarray(steps * pixels * guided)
+    return np.asarray(steps * strength * pixels * guided)
 
 
 def _origin(job: Job) -> str:
@@ -345,6 +362,7 @@ def _sorted(table: pa.Table) -> pa.Table:
     rest = [
         ("guidance_scale", "descending"),
         ("scheduler", "ascending"),
+        ("strength", "descending"),
         ("negative", "ascending"),
         ("key", "ascending"),
     ]

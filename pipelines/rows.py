@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,14 +23,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ldm_ops.describe import ModelFacts
 from ldm_ops.schedulers import is_flow, scheduler_name
 from pipelines.errors import JobError
-from pipelines.job import ROW_PARAMETERS, Job, digest
+from pipelines.job import Job, digest
 from pipelines.source import Chunk
+from pipelines.stages import ROW_PARAMETERS, output_settings, row_parameters
+from pipelines.storage import is_local
 from pipelines.weights import Weights
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_ID_CHARS = 512
 MAX_PROMPT_CHARS = 100_000
 MAX_EXPANSION = 100_000
+
+_AT = {name: i for i, name in enumerate(ROW_PARAMETERS)}
+_BOX = re.compile(r"^\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*$")
 
 
 class Wrong(ValueError):
@@ -130,12 +138,65 @@ def _scheduler(facts: ModelFacts) -> Callable[[Any], str]:
     return read
 
 
-class Resolver:
-    """Everything about a job that turns a chunk of its table into planned rows."""
+def _strength(value: Any) -> float:
+    number = float(_number("strength", 0, 1, whole=False)(value))
+    if number == 0:
+        raise Wrong("strength 0 would leave the image as it is; more than 0, at most 1")
+    return number
 
-    def __init__(self, job: Job, weights: Weights, facts: ModelFacts) -> None:
+
+def reference(base: str, value: Any) -> tuple[str, str]:
+    """(where the image lies, which version of it lies there) for what a table says, relative to the table itself.
+
+    A local file must be there. What is behind another URL is seen when it is loaded.
+    """
+    if not isinstance(value, str):
+        raise Wrong(f"image is a {type(value).__name__}; expected a path or URL")
+    scheme, colon, _ = value.partition("://")
+    if colon and scheme in ("http", "https"):
+        raise Wrong(f"image {value[:80]!r}: pages of the web are not fetched; copy the images to a folder or a bucket")
+    where = value if colon or value.startswith("/") or not base else f"{base.rstrip('/')}/{value}"
+    if not is_local(where):
+        return where, ""
+    # os.path: a million rows go through here, and Path costs five times as much.
+    path = os.path.abspath(where.removeprefix("file://"))  # noqa: PTH100
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        raise Wrong(f"image {value[:200]!r} is not there; looked for {path}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise Wrong(f"image {value[:200]!r} is no file")
+    return path, f"{found.st_size} {found.st_mtime_ns}"
+
+
+def box(value: Any) -> str | None:
+    """`box:left,top,right,bottom` where a mask is given as four whole numbers in pixels of the image, else None."""
+    if isinstance(value, str):
+        match = _BOX.match(value)
+        numbers = [int(n) for n in match.groups()] if match else []
+    else:
+        numbers = list(value) if isinstance(value, (list, tuple)) else []
+    if not numbers:
+        return None
+    if len(numbers) != 4 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise Wrong(f"mask_image {value!r}: a box is four whole numbers, left, top, right, bottom")
+    left, top, right, bottom = numbers
+    if left >= right or top >= bottom:
+        raise Wrong(f"mask_image {value!r} is an empty box; left < right and top < bottom")
+    return f"box:{left},{top},{right},{bottom}"
+
+
+class Resolver:
+    """Everything about a job that turns a chunk of its table into planned rows.
+
+    `models` are the weights and facts of each stage, in order; a row's own parameters are those of the first.
+    """
+
+    def __init__(self, job: Job, models: Sequence[tuple[Weights, ModelFacts]]) -> None:
         stage, source = job.stage, job.source
+        facts = models[0][1]
         self.job = job
+        self.takes = row_parameters(stage)
         self.readers: dict[str, Callable[[Any], Any]] = {
             "prompt": _text("prompt", MAX_PROMPT_CHARS),
             "negative_prompt": _text("negative_prompt", MAX_PROMPT_CHARS),
@@ -145,20 +206,31 @@ class Resolver:
             "num_inference_steps": _number("num_inference_steps", 1, 1000, whole=True),
             "guidance_scale": _number("guidance_scale", 0, 100, whole=False),
             "scheduler": _scheduler(facts),
+            "strength": _strength,
         }
         self.defaults: dict[str, Any] = {
-            "prompt": None,
+            "prompt": "" if stage.op == "upscale" and stage.prompt is None else stage.prompt,
             "negative_prompt": stage.negative_prompt,
             "seed": None,
-            "height": stage.height or facts.default_height,
-            "width": stage.width or facts.default_width,
+            "height": getattr(stage, "height", None),
+            "width": getattr(stage, "width", None),
             "num_inference_steps": stage.num_inference_steps,
             "guidance_scale": stage.guidance_scale,
             "scheduler": stage.scheduler or facts.scheduler,
+            "strength": getattr(stage, "strength", None),
         }
         for name in ("height", "width", "scheduler"):
-            if getattr(stage, name) is not None:
+            if getattr(stage, name, None) is not None:
                 self._of_job(f"stages.0.{name}", name, self.defaults[name])
+        if stage.op == "txt2img":
+            self.defaults["height"] = self.defaults["height"] or facts.default_height
+            self.defaults["width"] = self.defaults["width"] or facts.default_width
+        for i, (later, (_, its_facts)) in enumerate(zip(job.stages[1:], models[1:], strict=True), 1):
+            if later.scheduler is not None:
+                try:
+                    _scheduler(its_facts)(later.scheduler)
+                except Wrong as error:
+                    raise JobError(f"stages.{i}.scheduler: {error}") from None
         self.axes: list[tuple[str, list[Any]]] = [
             (name, [self._of_job(f"source.matrix.{name}", name, value) for value in values])
             for name, values in source.matrix.items()
@@ -187,12 +259,10 @@ class Resolver:
         self.fixed = digest(
             {
                 "protocol": PROTOCOL,
-                "op": stage.op,
-                "revision": weights.revision,
-                "variant": stage.variant,
-                "dtype": stage.dtype,
-                "safety_checker": stage.safety_checker,
-                "save_intermediates": stage.save_intermediates,
+                "stages": [
+                    [one.op, weights.revision, output_settings(one, first=i == 0)]
+                    for i, (one, (weights, _)) in enumerate(zip(job.stages, models, strict=True))
+                ],
                 "format": job.sink.format,
                 "quality": job.sink.quality if job.sink.format == "jpeg" else None,
             }
@@ -224,34 +294,67 @@ class Resolver:
         for ours, theirs in self.job.source.columns.items():
             if first and theirs not in chunk.columns:
                 raise JobError(f"{chunk.uri}: source.columns.{ours}: no column {theirs!r}; the table has {there}")
-        if first and "prompt" not in self.templates and self.column("prompt") not in chunk.columns:
-            raise JobError(
-                f"{chunk.uri}: no column 'prompt'; the table has {there}; name it with source.columns: {{prompt: …}}"
-            )
+        if first:
+            for name in ("prompt", "image", "mask_image"):
+                needed = name in self.takes and name not in self.templates and self.defaults.get(name) is None
+                if needed and self.column(name) not in chunk.columns:
+                    other = ", or give stages.0.prompt" if name == "prompt" else ""
+                    raise JobError(
+                        f"{chunk.uri}: no column {name!r}; the table has {there}; name it with source.columns: "
+                        f"{{{name}: …}}{other}"
+                    )
         for name, _ in self.axes:
+            if name not in self.takes:
+                raise JobError(f"source.matrix.{name}: {self.job.stage.op} takes no {name}; leave it out")
             if self.column(name) in chunk.columns:
                 raise JobError(f"{chunk.uri}: {name} is a column and an axis of source.matrix; keep one")
 
     def used_columns(self) -> set[str]:
         """The table's columns that become parameters; all others pass through."""
-        return {self.column(name) for name in ("id", *ROW_PARAMETERS)}
+        return {self.column(name) for name in ("id", *self.takes)}
 
     def rows(self, chunk: Chunk) -> Iterator[PlannedRow]:
         """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
         self.check_columns(chunk)
-        raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *ROW_PARAMETERS)}
+        raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *self.takes)}
         for i in range(chunk.num_rows):
             try:
                 row_id = None if raw["id"] is None or _missing(raw["id"][i]) else _id(raw["id"][i])
-                values = [self._value(name, raw[name], i) for name in ROW_PARAMETERS]
+                values = [self._value(name, raw[name], i) if name in self.takes else None for name in ROW_PARAMETERS]
                 for field, template in self.templates.items():
-                    values[ROW_PARAMETERS.index(field)] = self._render(field, template, chunk, i)
-                if values[0] is None or not values[0].strip():
+                    values[_AT[field]] = self._render(field, template, chunk, i)
+                prompt = values[_AT["prompt"]]
+                if prompt is None or (not prompt.strip() and prompt != self.defaults["prompt"]):
                     raise Wrong("prompt is empty")
+                versions = self._place_images(chunk, values, i)
             except Wrong as error:
                 yield self._wrong(chunk, raw, i, str(error))
                 continue
-            yield from self._expand(row_id, values, i)
+            yield from self._expand(row_id, values, versions, i)
+
+    def _place_images(self, chunk: Chunk, values: list[Any], i: int) -> list[str]:
+        """Put where an image lies in place of what the table says; return what belongs into the key instead."""
+        parts: list[str] = []
+        for name in ("image", "mask_image"):
+            if name not in self.takes:
+                continue
+            said = values[_AT[name]]
+            if said is None:
+                raise Wrong(f"{name} is empty")
+            where = box(said) if name == "mask_image" else None
+            if where is not None:
+                parts.append(where)
+            else:
+                try:
+                    where, version = reference(chunk.base, said)
+                except Wrong as error:
+                    raise Wrong(str(error).replace("image", name, 1)) from None
+                if name == "image" and chunk.versions is not None:
+                    version = chunk.versions[i]
+                # As the table says it: the same table beside the same images elsewhere means the same rows.
+                parts.append(f"{said}\0{version}")
+            values[_AT[name]] = where
+        return parts
 
     def _wrong(self, chunk: Chunk, raw: dict[str, list[Any] | None], i: int, problem: str) -> PlannedRow:
         # Without empty cells: a column that another row brings along must not make this one a new row.
@@ -260,16 +363,18 @@ class Resolver:
         key = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
         readable = {
             name: column[i][:MAX_ID_CHARS].encode("utf-8", "replace").decode()
-            for name in ("id", "prompt")
-            if (column := raw[name]) is not None and isinstance(column[i], str)
+            for name in ("id", "prompt", "image")
+            if (column := raw.get(name)) is not None and isinstance(column[i], str)
         }
-        values = (readable.get("prompt"), *(None,) * (len(ROW_PARAMETERS) - 1))
+        values = tuple(readable.get(name) for name in ROW_PARAMETERS)
         return PlannedRow(key, readable.get("id") or None, values, i, problem)
 
     def _value(self, name: str, column: list[Any] | None, i: int) -> Any:
         value = None if column is None else column[i]
         if _missing(value):
-            return self.defaults[name]
+            return self.defaults.get(name)
+        if name in ("image", "mask_image"):
+            return value
         cache = self._cache[name]
         if name == "prompt" or not isinstance(value, (str, int, float)):
             return self.readers[name](value)
@@ -295,26 +400,37 @@ class Resolver:
             raise Wrong(f"template {field}: {error}") from None
         return str(self.readers[field](text))
 
-    def _expand(self, row_id: str | None, values: list[Any], i: int) -> Iterator[PlannedRow]:
+    def _expand(self, row_id: str | None, values: list[Any], versions: list[str], i: int) -> Iterator[PlannedRow]:
         several = len(self.combinations) * self.images > 1
+        where = [values[_AT[name]] for name in ("image", "mask_image")]
         n = 0
         for combination in self.combinations:
             for image in range(self.images):
                 made = list(values)
                 for name, value in combination.items():
-                    made[ROW_PARAMETERS.index(name)] = value
-                seed = made[2]
+                    made[_AT[name]] = value
+                made[_AT["image"]] = made[_AT["mask_image"]] = None
+                seed = made[_AT["seed"]]
                 # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
                 if seed is None:
-                    made[2] = derived_seed(self.job.seed, row_id or made[0], image)
+                    identity = row_id or "\0".join([made[_AT["prompt"]], *versions])
+                    made[_AT["seed"]] = derived_seed(self.job.seed, identity, image)
                 elif image:
                     # Not seed + 1, which is often the next row's own seed.
-                    made[2] = derived_seed(seed, "", image)
+                    made[_AT["seed"]] = derived_seed(seed, "", image)
                 own_id = f"{row_id}#{n}" if several and row_id is not None else row_id
                 n += 1
-                text = json.dumps([self.fixed, own_id, *made], ensure_ascii=False, separators=(",", ":"))
+                text = json.dumps([self.fixed, own_id, *made, versions], ensure_ascii=False, separators=(",", ":"))
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
-                yield PlannedRow(key, own_id, tuple(made), i)
+                made[_AT["image"]], made[_AT["mask_image"]] = where
+                yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made))
+
+
+def _no_steps(values: list[Any]) -> str | None:
+    steps, strength = values[_AT["num_inference_steps"]], values[_AT["strength"]]
+    if strength is None or int(steps * strength) >= 1:
+        return None
+    return f"strength {strength:g} of {steps} steps leaves none to do; use at least {math.ceil(1000 / steps) / 1000:g}"
 
 
 def derived_seed(job_seed: int, identity: str, image: int) -> int:

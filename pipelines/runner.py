@@ -11,11 +11,12 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
+from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
 from pipelines.errors import (
@@ -27,14 +28,15 @@ from pipelines.errors import (
     RunFailed,
 )
 from pipelines.job import Job
+from pipelines.loading import LoadShard, image_loader
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, Shard, read_plans, read_shard
+from pipelines.plans import Plan, Shard, read_plans
 from pipelines.sink import ShardWriter
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
 from pipelines.totals import Totals, count, unfinished, write_success
 from pipelines.weights import Weights, identify
-from pipelines.worker import Worker
+from pipelines.worker import Place, Worker
 
 if TYPE_CHECKING:
     import ray.data
@@ -115,12 +117,11 @@ def _run(
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
         # Ray first: it takes over SIGTERM when it starts.
         with ray_cluster(address), stop_on_signals(store, run_id, listener.stopping if listener else None) as stopped:
-            pool = fit(job.stage, planned.weights.num_bytes)
             refuse_local_sink(store, job.sink.path)
             for one, shards in todo:
                 if stopped:
                     break
-                receipts.extend(_execute(store, run_id, planned, one, shards, pool, join, listener))
+                receipts.extend(_execute(store, run_id, job, planned, one, shards, join, listener))
             code = stopped[0] if stopped else EXIT_OK
         if not stopped and store.read(heartbeat.stop_path(run_id)) is not None:
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
@@ -148,37 +149,34 @@ def _run(
 def _execute(
     store: Store,
     run_id: str,
+    job: Job,
     planned: Planned,
     plan: Plan,
     todo: list[Shard],
-    pool: Fit,
     join: bool,
     listener: Listener | None,
 ) -> Iterator[dict[str, Any]]:
     # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
     own = Job.model_validate(plan.job)
-    stage, weights = own.stage, plan_weights(plan, planned)
-    op = stage.bare()
-    if not stage.num_gpus and op.device == "auto":
-        # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
-        op = op.model_copy(update={"device": "cpu"})
+    options = job.source.storage_options
+    models = plan_models(plan, own, planned, options)
+    pools = fit([(stage, weights.num_bytes) for stage, (weights, _) in zip(own.stages, models, strict=True)])
+    stop_path = heartbeat.stop_path(run_id)
+    stages = []
+    for i, (stage, (weights, facts)) in enumerate(zip(own.stages, models, strict=True)):
+        place = Place(stage, i, i == len(own.stages) - 1, image_loader(stage, facts, options))
+        op = stage.bare()
+        if not stage.num_gpus and op.device == "auto":
+            # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
+            op = op.model_copy(update={"device": "cpu"})
+        pool = replace(pools[i], workers=min(pools[i].workers, len(todo)))
+        stages.append((pool, (place, op, weights, store, stop_path)))
+    first = models[0][0]
     receipts = dataset(
         store,
         todo,
-        pool,
-        workers=min(pool.workers, len(todo)),
-        worker=(
-            op,
-            weights,
-            plan.batch_size,
-            stage.op,
-            plan.num_threads,
-            store,
-            heartbeat.stop_path(run_id),
-        ),
-        writer=ShardWriter(
-            store, plan.plan_id, own.sink.format, own.sink.quality, run_id, weights.name, weights.revision
-        ),
+        stages,
+        writer=ShardWriter(store, plan.plan_id, own.sink.format, own.sink.quality, run_id, first.name, first.revision),
         join=join,
     )
     if listener:
@@ -211,43 +209,37 @@ def refuse_local_sink(store: Store, path: str) -> None:
         )
 
 
-def plan_weights(plan: Plan, planned: Planned) -> Weights:
-    """The weights that a plan was made for.
+def plan_models(
+    plan: Plan, own: Job, planned: Planned, storage_options: dict[str, Any]
+) -> list[tuple[Weights, ModelFacts]]:
+    """The weights that a plan was made for, of each of its stages.
 
     Raises:
         JobError: they are no longer what they were.
     """
-    wanted = plan.settings["stages.0.model_revision"]
-    if planned.weights.revision == wanted:
-        return planned.weights
-    stage = Job.model_validate(plan.job).stage
-    weights, _ = identify(stage.model, stage.revision, stage.variant, planned.weights.storage_options)
-    if weights.revision != wanted:
-        raise JobError(
-            f"model {stage.model} has changed since plan {plan.plan_id} was made ({wanted}, now {weights.revision}); "
-            "put the old weights back, or choose a new sink.path"
-        )
-    return weights
+    at_hand = {weights.revision: (weights, facts) for weights, facts in planned.models}
+    models = []
+    for i, stage in enumerate(own.stages):
+        wanted = plan.settings[f"stages.{i}.model_revision"]
+        found = at_hand.get(wanted) or identify(stage.model, stage.revision, stage.variant, storage_options)
+        if found[0].revision != wanted:
+            raise JobError(
+                f"model {stage.model} has changed since plan {plan.plan_id} was made ({wanted}, now "
+                f"{found[0].revision}); put the old weights back, or choose a new sink.path"
+            )
+        models.append(found)
+    return models
 
 
 def dataset(
     store: Store,
     todo: list[Shard],
-    pool: Fit,
-    workers: int,
-    worker: tuple[Any, ...],
+    stages: list[tuple[Fit, tuple[Any, ...]]],
     writer: ShardWriter,
     join: bool,
 ) -> ray.data.Dataset:
     """The whole pipeline, lazily; one shard is one block from end to end. `join` skips shards that are done by now."""
     import ray.data
-
-    name = worker[3]
-
-    def load_shard(place: pa.Table) -> pa.Table:
-        file, row_group, part = (place[name][0].as_py() for name in place.column_names)
-        rows = read_shard(store, file, row_group)
-        return rows.slice(0, 0) if part and store.read(part) is not None else rows
 
     # In memory: Ray's own range would add read tasks of one whole CPU each, for which a small machine has no room.
     parts = [manifest.part_path(s.plan_id, s.index) if join else "" for s in todo]
@@ -257,29 +249,34 @@ def dataset(
             for shard, part in zip(todo, parts, strict=True)
         ]
     )
-    # A class of its own per op, or Ray's dashboard calls every stage by the same name.
-    worker_class = type(name.title(), (Worker,), {})
-    shards = places.map_batches(load_shard, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    with warnings.catch_warnings():
-        # Ray's default restarts a worker for ever; the finite limits have no named parameter yet (Ray 2.60).
-        warnings.simplefilter("ignore")
-        made = shards.map_batches(
-            worker_class,
-            fn_constructor_args=worker,
-            batch_size=None,
-            batch_format="pyarrow",
-            # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
-            compute=ray.data.ActorPoolStrategy(
-                size=workers,
-                max_tasks_in_flight_per_actor=CALLS_PER_WORKER,
-                max_concurrent_calls_per_actor=CALLS_PER_WORKER,
-            ),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-            max_restarts=RESTARTS,
-            max_task_retries=RETRIES,
-        )
-    return made.map_batches(writer, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    first: Place = stages[0][1][0]
+    shards = places.map_batches(
+        LoadShard(store, first.loader), batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    for pool, arguments in stages:
+        place: Place = arguments[0]
+        # A class of its own per stage, or Ray's dashboard calls all of them by the same name.
+        worker_class = type(f"{place.stage.op.title()}{place.index or ''}", (Worker,), {})
+        with warnings.catch_warnings():
+            # Ray's default restarts a worker for ever; the finite limits have no named parameter yet (Ray 2.60).
+            warnings.simplefilter("ignore")
+            shards = shards.map_batches(
+                worker_class,
+                fn_constructor_args=arguments,
+                batch_size=None,
+                batch_format="pyarrow",
+                # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.workers,
+                    max_tasks_in_flight_per_actor=CALLS_PER_WORKER,
+                    max_concurrent_calls_per_actor=CALLS_PER_WORKER,
+                ),
+                num_cpus=pool.num_cpus,
+                num_gpus=pool.num_gpus,
+                max_restarts=RESTARTS,
+                max_task_retries=RETRIES,
+            )
+    return shards.map_batches(writer, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
 
 
 def plain_error(error: BaseException) -> LdmError:

@@ -34,7 +34,7 @@ RECEIPT = pa.schema(
 )
 """What the driver hears of a committed shard. `outcome`: mine, or theirs where another run was first."""
 
-_INTERNAL = {"problem", "batch", "image", "intermediates"}
+_INTERNAL = {"problem", "batch", "pixels", "mask_pixels", "kept", "intermediates", "stages"}
 
 
 class ShardWriter:
@@ -84,9 +84,20 @@ class ShardWriter:
     def _record(self, row: dict[str, Any], index: int, put: Callable[[tuple[str, bytes]], None]) -> dict[str, Any]:
         record = {name: value for name, value in row.items() if name not in _INTERNAL}
         record |= self.constants | {"attempt": 1, "created_at": datetime.fromtimestamp(time.time(), UTC)}
+        stages = [dict(stage) for stage in row["stages"] or ()]
+        if stages:
+            record |= {name: stages[-1][name] for name in ("batch_size", "device", "worker")}
+            record["duration_s"] = sum(stage["duration_s"] or 0.0 for stage in stages)
+        for early in row["kept"] or ():
+            data = encode(unpack(early["pixels"]), self.format, self.quality)
+            stem = f"{row['key']}-{early['stage']}"
+            uri, sha256 = self._name("images", index, stem, data, EXTENSIONS[self.format])
+            put((uri, data))
+            stages[early["stage"]] |= {"uri": uri, "sha256": sha256, "num_bytes": len(data)}
+        record["stages"] = stages
         kept = []
-        if row["image"] is not None:
-            pixels = unpack(row["image"])
+        if row["status"] == "ok":
+            pixels = unpack(row["pixels"])
             data = encode(pixels, self.format, self.quality)
             uri, sha256 = self._name("images", index, row["key"], data, EXTENSIONS[self.format])
             put((uri, data))

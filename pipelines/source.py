@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
 
 from pipelines.errors import JobError, LdmError
 from pipelines.job import Source
-from pipelines.storage import Store, expand, is_local
+from pipelines.storage import Store, expand, is_local, list_files
 
 CHUNK_ROWS = 20_000
 FORMATS = {
@@ -27,6 +27,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 MAX_FIELD_CHARS = 1 << 20
 
 
@@ -34,7 +35,8 @@ MAX_FIELD_CHARS = 1 << 20
 class Chunk:
     """Some consecutive rows as equally long columns. `first_row` counts from 1, without a header.
 
-    `has_header` says that every chunk of the file has the same columns.
+    `has_header` says that every chunk of the file has the same columns. Relative paths in cells are relative to `base`.
+    `versions` tells, where a listing does, which version of each image is there (size and ETag or time).
     """
 
     uri: str
@@ -42,6 +44,8 @@ class Chunk:
     num_rows: int
     columns: dict[str, list[Any]]
     has_header: bool = True
+    base: str = ""
+    versions: list[str] | None = None
 
 
 def read_source(source: Source) -> Iterator[Chunk]:
@@ -59,17 +63,54 @@ def read_source(source: Source) -> Iterator[Chunk]:
     paths = [source.path] if isinstance(source.path, str) else source.path or []
     if not paths:
         raise JobError("source.path is an empty list; name at least one file")
+    if source.format == "images" or (source.format == "auto" and all(_holds_images(path) for path in paths)):
+        for path in paths:
+            yield from _images(path, source.storage_options)
+        return
     files = []
     for path in paths:
         found = list(expand(path, source.storage_options))
         if not found:
             raise JobError(f"source.path {path}: no file matches; check the pattern")
-        files += found
+        if source.format == "auto" and all(_holds_images(name) for name in found):
+            # A pattern such as *.[pj][np]g shows only now what it matches.
+            yield from _images(path, source.storage_options)
+        else:
+            files += found
     for uri in files:
         yield from _read_file(uri, source)
 
 
+def _holds_images(path: str) -> bool:
+    """Whether a path names a folder, an image or a pattern of images, and no table."""
+    if path.endswith("/") or (is_local(path) and Path(path.removeprefix("file://")).is_dir()):
+        return True
+    suffix = PurePosixPath(path).suffix.lower()
+    return suffix in IMAGE_SUFFIXES or (not is_local(path) and not suffix and not any(c in path for c in "*?["))
+
+
+def _images(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
+    """A row per image under a folder, URL or pattern: `image` and `id` are its path below the root. Opens no file."""
+    first = 1
+    base, listing = list_files(path, storage_options)
+    named = ((name, version) for name, version in listing if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+    while block := list(islice(named, CHUNK_ROWS)):
+        names = [name for name, _ in block]
+        versions = [version for _, version in block]
+        yield Chunk(path, first, len(block), {"id": names, "image": list(names)}, base=base, versions=versions)
+        first += len(block)
+    if first == 1:
+        raise JobError(f"source.path {path}: no image there ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path")
+
+
 def _read_file(uri: str, source: Source) -> Iterator[Chunk]:
+    base = uri.rpartition("/")[0] if "/" in uri else ""
+    for chunk in _read_table(uri, source):
+        chunk.base = base
+        yield chunk
+
+
+def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
     kind = source.format
     if kind == "auto":
         # A compressed table keeps its own ending: prompts.csv.gz.

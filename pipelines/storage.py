@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -288,4 +289,71 @@ def expand(url: str, storage_options: dict[str, Any]) -> Iterator[str]:
         return
     store = Store(url, storage_options)
     protocol = urlsplit(url).scheme
-    yield from sorted(f"{protocol}://{name}" for name in store._patiently(lambda: store.filesystem.glob(url)))
+    yield from sorted(f"{protocol}://{name}" for name in _find(store, url, pattern=True))
+
+
+def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator[tuple[str, str]]]:
+    """(root, every file under a folder, URL or glob as its path below the root and a mark of its version).
+
+    The mark is the size with the ETag, or with the time of change where there is none; nothing is opened. Files come in
+    the order of their names, a folder at a time, so that a million of them need not be held at once.
+
+    Raises:
+        StorageError: nothing is there, or the store refuses.
+    """
+    pattern = any(c in url for c in "*?[")
+    if is_local(url):
+        root = url.removeprefix("file://")
+        if pattern:
+            fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), root.split("/")))
+            names = (os.path.relpath(name, fixed or ".") for name in expand(url, storage_options))
+            return fixed, ((name, _local_version(Path(fixed) / name)) for name in names)
+        if Path(root).is_file():
+            return str(Path(root).parent), iter([(Path(root).name, _local_version(Path(root)))])
+        if not Path(root).is_dir():
+            raise StorageError(f"{url}: no such folder; check the path")
+        return root.rstrip("/") or "/", _walk(root, "")
+    store = Store(url, storage_options)
+    found = _find(store, url, pattern)
+    if not found:
+        raise StorageError(f"{url}: nothing there; check the bucket and the prefix")
+    fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), url.split("/"))) if pattern else url
+    root = fixed.rstrip("/")
+    if not pattern and list(found) == [root.partition("://")[2]]:
+        root = root.rpartition("/")[0]
+    stem = len(root.partition("://")[2]) + 1
+    return root, ((name[stem:], _remote_version(found[name])) for name in sorted(found))
+
+
+def _find(store: Store, url: str, pattern: bool) -> dict[str, dict[str, Any]]:
+    look = store.filesystem.glob if pattern else store.filesystem.find
+
+    def find() -> dict[str, dict[str, Any]]:
+        try:
+            return dict(look(url, detail=True))
+        except ValueError as error:
+            raise StorageError(f"{url}: {error}; check the pattern") from None
+
+    return store._patiently(find)
+
+
+def _walk(root: str, below: str) -> Iterator[tuple[str, str]]:
+    with os.scandir(os.path.join(root, below)) as entries:  # noqa: PTH118 - Path costs five times as much here
+        here = sorted(entries, key=lambda entry: entry.name)
+    for entry in here:
+        name = f"{below}/{entry.name}" if below else entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, name)
+        elif entry.is_file():
+            found = entry.stat()
+            yield name, f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _local_version(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _remote_version(info: dict[str, Any]) -> str:
+    mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or _timestamp(info)
+    return f"{info.get('size')} {mark}"

@@ -1,4 +1,4 @@
-"""One worker: an actor that holds a loaded model and makes the shards that it is given."""
+"""One worker: an actor that holds a loaded model and does one stage of the shards that it is given."""
 
 from __future__ import annotations
 
@@ -6,63 +6,123 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from ldm_ops.device import device_name, free_memory, set_threads
 from ldm_ops.op import Op, Row, RowRefused
-from pipelines.blocks import RESULT_FIELDS, pack
+from pipelines.blocks import MAX_MESSAGE_CHARS, RESULT_FIELDS, pack, unpack, with_results
+from pipelines.inputs import BadImage, Loader
+from pipelines.rows import derived_seed
+from pipelines.stages import ROW_PARAMETERS, AnyStage
 from pipelines.storage import Store
 from pipelines.weights import Weights, fetch
 
-MAX_MESSAGE_CHARS = 500
+
+@dataclass(frozen=True)
+class Place:
+    """A stage, and where it stands in its job."""
+
+    stage: AnyStage
+    index: int
+    is_last: bool
+    loader: Loader | None
+
+    def row(self, planned: Row) -> dict[str, Any]:
+        """What the op sees of a row: its own parameters in the first stage, later the stage's."""
+        if self.index == 0:
+            row = {name: planned[name] for name in ROW_PARAMETERS}
+        else:
+            row = {name: getattr(self.stage, name, None) for name in ROW_PARAMETERS}
+            row["prompt"] = self.stage.prompt if self.stage.prompt is not None else planned["prompt"]
+            row["seed"] = derived_seed(planned["seed"], f"stage {self.index}", 0)
+        row["image"] = None if planned["pixels"] is None else unpack(planned["pixels"])
+        row["mask_image"] = None if planned["mask_pixels"] is None else unpack(planned["mask_pixels"])
+        if self.index and self.loader is not None:
+            row["image"] = self.loader.fit(row["image"], row["height"], row["width"])
+        return row
 
 
 class Worker:
-    """Callable on one shard, a table of planned rows; returns it with RESULT_FIELDS, or empty once a stop is asked."""
+    """Callable on one shard, a table of planned rows with results so far; returns it with this stage's results.
 
-    def __init__(
-        self, op: Op, weights: Weights, batch_size: int, stage: str, threads: int, store: Store, stop_path: str
-    ) -> None:
-        set_threads(threads)
+    Empty once a stop is asked.
+    """
+
+    def __init__(self, place: Place, op: Op, weights: Weights, store: Store, stop_path: str) -> None:
+        set_threads(place.stage.num_threads)
+        self.place = place
         self.op = op
-        self.batch_size = batch_size
-        self.stage = stage
+        self.weights = weights
         self.store = store
         self.stop_path = stop_path
         self.model = op.load(fetch(weights))
         self.device = device_name(op.device)
-        self.safe_size: dict[tuple[int, int], int] = {}
+        self.safe_size: dict[tuple[Any, ...], int] = {}
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        planned = shard.to_pylist()
         if self.store.read(self.stop_path) is not None:
-            planned = []
-        results: list[dict[str, Any]] = []
-        for _, batch in groupby(planned, key=lambda row: row["batch"]):
-            results += self._batch(list(batch))
-        out = shard.slice(0, len(planned))
-        for field in RESULT_FIELDS:
-            values = [result.get(field.name) for result in results]
-            out = out.append_column(field, pa.array(values, field.type))
-        return out
+            return shard.slice(0, 0)
+        rows = shard.to_pylist()
+        results = [{field.name: row[field.name] for field in RESULT_FIELDS} for row in rows]
+        # By what must be equal, in the shard's own order: the plan fixes the shard, and with it every batch.
+        buckets: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
+        for i, planned in enumerate(rows):
+            if planned["status"] is not None:
+                continue
+            try:
+                row = self.place.row(planned)
+            except BadImage as error:
+                results[i] |= self._done(planned, failure(self.op, error))
+                continue
+            buckets.setdefault(self.op.bucket(row), []).append((i, row))
+        size = self.place.stage.batch_size
+        for bucket, members in buckets.items():
+            for first in range(0, len(members), size):
+                batch = members[first : first + size]
+                made = self._batch(bucket, [row for _, row in batch])
+                for (i, row), result in zip(batch, made, strict=True):
+                    results[i] |= self._done(rows[i], result, row)
+        return with_results(shard, results)
 
-    def _batch(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if rows[0]["problem"] is not None:
-            return [
-                {"status": "failed", "stage": "plan", "error_type": "row.invalid", "error_message": row["problem"]}
-                for row in rows
-            ]
+    def _batch(self, bucket: tuple[Any, ...], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         start = time.perf_counter()
-        shape = (rows[0]["height"], rows[0]["width"])
-        results = make(self.op, self.model, rows, self.safe_size.get(shape, self.batch_size))
-        self.safe_size[shape] = min(result["batch_size"] for result in results)
+        results = make(self.op, self.model, rows, self.safe_size.get(bucket, self.place.stage.batch_size))
+        self.safe_size[bucket] = min(result["batch_size"] for result in results)
         each = (time.perf_counter() - start) / len(rows)
-        common = {"stage": self.stage, "device": self.device, "worker": self.name, "duration_s": each}
-        return [{**common, **result} for result in results]
+        return [{**result, "duration_s": each} for result in results]
+
+    def _done(self, before: Row, result: dict[str, Any], row: Row | None = None) -> dict[str, Any]:
+        """`result` of this stage as RESULT_FIELDS, on top of what came `before`."""
+        stage = self.place.stage
+        record = {
+            "op": stage.op,
+            "status": result["status"],
+            "model": self.weights.name,
+            "model_revision": self.weights.revision,
+            "device": self.device,
+            "worker": self.name,
+            **{name: result.get(name) for name in ("batch_size", "duration_s")},
+            **{
+                name: row.get(name) if row is not None else None
+                for name in ("seed", "num_inference_steps", "guidance_scale", "scheduler", "strength")
+            },
+        }
+        done = {**result, "stage": stage.op, "stages": [*(before["stages"] or ()), record]}
+        if result["status"] == "ok":
+            # Null while there is a stage to come.
+            done["status"] = "ok" if self.place.is_last else None
+            done["intermediates"] = [*(before["intermediates"] or ()), *result["intermediates"]]
+            if stage.keep:
+                done["kept"] = [*(before["kept"] or ()), {"stage": self.place.index, "pixels": result["pixels"]}]
+            if before["nsfw"]:
+                done["nsfw"] = True
+        else:
+            done["pixels"] = None
+        return {field.name: done[field.name] for field in RESULT_FIELDS if field.name in done}
 
 
 def make(op: Op, model: Any, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
@@ -94,13 +154,13 @@ def make(op: Op, model: Any, rows: Sequence[Row], size: int) -> list[dict[str, A
 
 
 def success(output: dict[str, Any]) -> dict[str, Any]:
-    """An op's output as result columns; a picture that the policy rejects is `filtered`."""
+    """An op's output as results; a picture that the policy rejects is `filtered`."""
     image = output["image"]
     if image is None:
         return {"status": "filtered", "nsfw": output["nsfw"], "error_type": "safety.rejected"}
     return {
         "status": "ok",
-        "image": pack(image),
+        "pixels": pack(image),
         "nsfw": output["nsfw"],
         "intermediates": [
             {"step": step, "latents": pack(latents), "preview": pack(preview)}
@@ -110,8 +170,8 @@ def success(output: dict[str, Any]) -> dict[str, Any]:
 
 
 def failure(op: Op, error: Exception) -> dict[str, Any]:
-    """An exception as result columns: a type to group by, and a short message."""
-    if isinstance(error, RowRefused):
+    """An exception as results: a type to group by, and a short message."""
+    if isinstance(error, (RowRefused, BadImage)):
         kind = error.kind
     else:
         kind = "model.oom" if op.is_out_of_memory(error) else type(error).__name__

@@ -47,7 +47,7 @@ BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("{prompt: caption}", "{promt: caption}", "source.columns.promt: input should be 'id', 'prompt'"),
         ("path: a.csv, ", "", "job.yaml:2:1: source: give either path or rows"),
         ("path: a.csv", "path: a.csv, rows: [x]", "source: give either path or rows"),
-        ("op: txt2img", "op: txt3img", "stages.0.op: input should be 'txt2img'; got 'txt3img'"),
+        ("op: txt2img", "op: txt3img", "job.yaml:4:5: stages.0.op: got 'txt3img'; did you mean txt2img?"),
         ("sink: {path: out/x}", "", "sink: missing; it is needed"),
         ("out/x", '"${env:NOT_SET}"', "job.yaml:7:14: the environment variable NOT_SET is not set; set it, or write"),
         ("name: x", "name: [x", "not valid YAML"),

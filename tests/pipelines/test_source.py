@@ -106,7 +106,7 @@ def test_a_broken_table_is_one_line(tmp_path: Path, name: str, content: bytes, m
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("none.csv", "no such file"), ("*.csv", "no file matches"), (".", "unknown ending")],
+    [("none.csv", "no such file"), ("*.csv", "no file matches"), (".", "no image there")],
 )
 def test_a_path_without_a_table_says_so(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(JobError, match=message):

@@ -1,0 +1,202 @@
+"""Bring a row's images in: fetch, decode under limits, turn upright, make RGB, fit to the size that the op takes.
+
+Runs on the CPU before the model's worker. What is wrong with an image is its row's failure, with a kind to group by.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from pipelines.errors import StorageError
+from pipelines.stages import Resize
+from pipelines.storage import Store
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+"""What is decoded. Not EPS or PSD and the like, whatever a file's name says: their decoders are too mighty."""
+
+Pixels = NDArray[np.uint8]
+
+MAX_BYTES = 256 << 20
+MAX_PIXELS = 128 << 20
+FETCHES = 8
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; `kind` becomes the manifest's error_type."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass
+class Loader:
+    """How a stage's images come in: the resize policy, what sides must be multiples of, what shines through."""
+
+    takes: frozenset[str]
+    resize: Resize | None
+    multiple: int
+    background: str
+    storage_options: dict[str, Any]
+    stores: dict[str, Store] = field(default_factory=dict)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Pixels] | BadImage]:
+        """For each row its `image`, uint8 (H, W, 3), and `mask_image`, uint8 (H, W); or what is wrong with them."""
+        with ThreadPoolExecutor(FETCHES) as pool:
+            return list(pool.map(self._one, rows))
+
+    def _one(self, row: Mapping[str, Any]) -> dict[str, Pixels] | BadImage:
+        try:
+            image = decode(self.fetch(row["image"]), self.background)
+            found = {"image": image}
+            if "mask_image" in self.takes:
+                found["mask_image"] = self._mask(row["mask_image"], image.size)
+            target = self._target(image.size, row["height"], row["width"])
+            return {name: np.asarray(self._fit(part, target, name)) for name, part in found.items()}
+        except BadImage as error:
+            where = str(row["image"])
+            return error if where in str(error) else BadImage(error.kind, f"{where}: {error}")
+
+    def fit(self, pixels: Pixels, height: int | None, width: int | None) -> Pixels:
+        """A picture of the stage before, brought to what this one takes.
+
+        Raises:
+            BadImage: the policy is `exact`, and it is not.
+        """
+        image = Image.fromarray(pixels)
+        return np.asarray(self._fit(image, self._target(image.size, height, width), "image"))
+
+    def fetch(self, where: str) -> bytes:
+        """The bytes of one image.
+
+        Raises:
+            BadImage: it is not there, too large, or the store refuses.
+        """
+        folder, _, name = where.rpartition("/")
+        store = self.stores.setdefault(folder, Store(folder or "/", self.storage_options))
+        try:
+            if store.local is not None and (store.local / name).stat().st_size > MAX_BYTES:
+                raise BadImage("image.too_large", f"{where}: more than {MAX_BYTES >> 20} MiB; make it smaller")
+            data = store.read(name)
+        except FileNotFoundError:
+            data = None
+        except (StorageError, OSError) as error:
+            raise BadImage("image.unreadable", str(error)) from None
+        if data is None:
+            raise BadImage("image.missing", f"{where}: no such image")
+        if len(data) > MAX_BYTES:
+            raise BadImage("image.too_large", f"{where}: more than {MAX_BYTES >> 20} MiB; make it smaller")
+        if not data:
+            raise BadImage("image.broken", f"{where}: an empty file")
+        return data
+
+    def _mask(self, where: str, size: tuple[int, int]) -> Image.Image:
+        if where.startswith("box:"):
+            left, top, right, bottom = (int(n) for n in where.removeprefix("box:").split(","))
+            if right > size[0] or bottom > size[1]:
+                raise BadImage("mask.size", f"box {where[4:]} reaches beyond the image of {size[0]} × {size[1]}")
+            mask = Image.new("L", size, 0)
+            mask.paste(255, (left, top, right, bottom))
+            return mask
+        try:
+            mask = decode(self.fetch(where), "#000000").convert("L")
+        except BadImage as error:
+            raise BadImage(error.kind.replace("image.", "mask."), f"mask: {error}") from None
+        if mask.size != size:
+            raise BadImage(
+                "mask.size",
+                f"the mask is {mask.size[0]} × {mask.size[1]}, its image {size[0]} × {size[1]}; make them equal",
+            )
+        return mask
+
+    def _target(self, size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
+        """(width, height) that an image is brought to."""
+        m = self.multiple
+
+        def near(value: float) -> int:
+            return max(m, round(value / m) * m)
+
+        if m == 1 and not (height or width):
+            return size
+        policy = self.resize or ("fill" if height or width else "nearest_multiple")
+        if policy == "exact":
+            wanted = (width or size[0], height or size[1])
+            if size != wanted or wanted[0] % m or wanted[1] % m:
+                needs = f"{wanted[0]} × {wanted[1]}" if (width or height) else f"multiples of {m}"
+                raise BadImage("image.size", f"{size[0]} × {size[1]}, not {needs}; resize: exact allows no other")
+            return wanted
+        if policy == "nearest_multiple" or not (height or width):
+            return near(size[0]), near(size[1])
+        # Where one side is given, the other follows the image's own proportions.
+        wide = width or size[0] * (height or 0) / size[1]
+        high = height or size[1] * (width or 0) / size[0]
+        if policy == "fit":
+            scale = min(wide / size[0], high / size[1])
+            return near(size[0] * scale), near(size[1] * scale)
+        return near(wide), near(high)
+
+    def _fit(self, image: Image.Image, target: tuple[int, int], name: str) -> Image.Image:
+        if image.size == target:
+            return image
+        # A mask keeps its two values.
+        resample = Image.Resampling.NEAREST if name == "mask_image" else Image.Resampling.LANCZOS
+        return (
+            ImageOps.fit(image, target, resample) if self.resize in (None, "fill") else image.resize(target, resample)
+        )
+
+
+def decode(data: bytes, background: str) -> Image.Image:
+    """Bytes → an upright RGB image; every mode is converted on purpose.
+
+    Raises:
+        BadImage: not an image of FORMATS, cut off, animated, or with more than MAX_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own cap only warns at first; ours is checked before a pixel is decoded.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise BadImage(
+                        "image.too_large", f"{width} × {height} pixels; at most {MAX_PIXELS >> 20} Mi pixels"
+                    )
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format != "JPEG":
+                    raise BadImage("image.animated", f"{frames} frames; give a single image")
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image), background)
+    except UnidentifiedImageError:
+        raise BadImage("image.format", f"not an image that can be read; one of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage("image.too_large", str(error)) from None
+    except BadImage:
+        raise
+    except Exception as error:  # noqa: BLE001 - each of Pillow's decoders raises what it likes on broken data
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadImage("image.broken", f"cannot be decoded ({text})") from None
+
+
+def to_rgb(image: Image.Image, background: str) -> Image.Image:
+    """Any mode of Pillow → RGB: 16 bits scaled to 8, palettes looked up, alpha laid over `background` (#rrggbb)."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        # 16-bit grey, which Pillow opens as I;16 or as I; F has no agreed range, so its own is taken.
+        top = 65535.0 if image.mode != "F" else max(1.0, float(np.nan_to_num(values).max()))
+        grey = np.round(np.clip(np.nan_to_num(values) / top, 0, 1) * 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if not has_alpha:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    ground = Image.new("RGBA", rgba.size, (*ImageColor.getrgb(background)[:3], 255))
+    return Image.alpha_composite(ground, rgba).convert("RGB")
