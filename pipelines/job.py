@@ -53,8 +53,10 @@ class Source(Section):
         description="file, glob, list or fsspec URL of CSV, TSV, JSONL, Parquet, text with a prompt a line, or images",
     )
     rows: list[str | dict[str, Any]] | None = Field(None, description="prompts, or rows as mappings, inline")
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "text", "images"] = Field(
-        "auto", description="auto goes by the ending; a folder is one of images"
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "text", "images", "parameters", "manifest"] = Field(
+        "auto",
+        description="auto goes by the ending, and a folder is one of images; parameters reads from pictures how they "
+        "were made, manifest takes the pictures of an earlier run's output",
     )
     columns: dict[RowName, str] = Field(default_factory=dict, description="ours: theirs, such as prompt: caption")
     templates: dict[Literal["prompt", "negative_prompt"], str] = Field(
@@ -82,6 +84,9 @@ class Sink(Section):
     layout: Literal["files"] = "files"
     format: Literal["png", "jpeg", "webp"] = Field("png", description="png and webp are lossless here")
     quality: int = Field(95, ge=1, le=100, description="of JPEG")
+    embed_metadata: Literal["a1111", "none"] = Field(
+        "a1111", description="write prompt, seed and parameters into each picture, and that a model made it"
+    )
     storage_options: dict[str, Any] = Field(default_factory=dict, description="passed to fsspec; never recorded")
 
 
@@ -128,7 +133,7 @@ class Job(Section):
         not_output = (set(Pool.model_fields) - {"keep"}) | {"model", "revision"}
         stages = [stage.model_dump(mode="json", exclude=not_output | stage.run_only) for stage in self.stages]
         sink = self.sink.model_dump(
-            include={"layout", "format"} | ({"quality"} if self.sink.format == "jpeg" else set())
+            include={"layout", "format", "embed_metadata"} | ({"quality"} if self.sink.format == "jpeg" else set())
         )
         source = self.source.model_dump(mode="json", include={"columns", "templates", "matrix"})
         return flatten({"name": self.name, "seed": self.seed, "source": source, "stages": stages, "sink": sink})

@@ -22,12 +22,13 @@ import pyarrow.parquet as pq
 from ldm_ops.describe import ModelFacts
 from pipelines import manifest
 from pipelines.blocks import RESULT_FIELDS
+from pipelines.chunk import Chunk
 from pipelines.commit import commit
 from pipelines.errors import JobError
 from pipelines.job import Job, digest
 from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, same_settings
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
-from pipelines.source import Chunk, read_source
+from pipelines.source import read_source
 from pipelines.stages import ROW_PARAMETERS, SCALES
 from pipelines.storage import Store
 from pipelines.weights import Weights, identify

@@ -22,9 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ldm_ops.describe import ModelFacts
 from ldm_ops.schedulers import is_flow, scheduler_name
+from pipelines.chunk import Chunk
 from pipelines.errors import JobError
 from pipelines.job import Job, digest
-from pipelines.source import Chunk
 from pipelines.stages import ROW_PARAMETERS, output_settings, row_parameters
 from pipelines.storage import is_local
 from pipelines.weights import Weights
@@ -265,6 +265,7 @@ class Resolver:
                 ],
                 "format": job.sink.format,
                 "quality": job.sink.quality if job.sink.format == "jpeg" else None,
+                "embed_metadata": job.sink.embed_metadata,
             }
         )
         self._cache: dict[str, dict[Any, tuple[Any, str | None]]] = {name: {} for name in self.readers}

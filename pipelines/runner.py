@@ -176,7 +176,7 @@ def _execute(
         store,
         todo,
         stages,
-        writer=ShardWriter(store, plan.plan_id, own.sink.format, own.sink.quality, run_id, first.name, first.revision),
+        writer=ShardWriter(store, plan.plan_id, own.sink, run_id, first.name, first.revision),
         join=join,
     )
     if listener:

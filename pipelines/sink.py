@@ -10,13 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
 from pipelines import manifest
 from pipelines.blocks import RESULT_FIELDS, unpack
 from pipelines.commit import commit
+from pipelines.generation_text import describe
 from pipelines.images import EXTENSIONS, Format, encode
+from pipelines.job import Sink
 from pipelines.storage import Store
 
 PUTS_IN_FLIGHT = 16
@@ -40,13 +44,12 @@ _INTERNAL = {"problem", "batch", "pixels", "mask_pixels", "kept", "intermediates
 class ShardWriter:
     """Callable on one finished shard; safe to repeat, by anyone, at any time."""
 
-    def __init__(
-        self, store: Store, plan_id: str, format: Format, quality: int, run_id: str, model: str, revision: str
-    ) -> None:
+    def __init__(self, store: Store, plan_id: str, sink: Sink, run_id: str, model: str, revision: str) -> None:
         self.store = store
         self.plan_id = plan_id
-        self.format: Format = format
-        self.quality = quality
+        self.format: Format = sink.format
+        self.quality = sink.quality
+        self.says_how = sink.embed_metadata != "none"
         self.constants = {"run_id": run_id, "model": model, "model_revision": revision}
 
     def __call__(self, shard: pa.Table) -> pa.Table:
@@ -89,7 +92,7 @@ class ShardWriter:
             record |= {name: stages[-1][name] for name in ("batch_size", "device", "worker")}
             record["duration_s"] = sum(stage["duration_s"] or 0.0 for stage in stages)
         for early in row["kept"] or ():
-            data = encode(unpack(early["pixels"]), self.format, self.quality)
+            data = self._encode(unpack(early["pixels"]), record)
             stem = f"{row['key']}-{early['stage']}"
             uri, sha256 = self._name("images", index, stem, data, EXTENSIONS[self.format])
             put((uri, data))
@@ -98,7 +101,7 @@ class ShardWriter:
         kept = []
         if row["status"] == "ok":
             pixels = unpack(row["pixels"])
-            data = encode(pixels, self.format, self.quality)
+            data = self._encode(pixels, record)
             uri, sha256 = self._name("images", index, row["key"], data, EXTENSIONS[self.format])
             put((uri, data))
             height, width = pixels.shape[:2]
@@ -125,6 +128,11 @@ class ShardWriter:
                     )
         record["intermediates"] = kept
         return record
+
+    def _encode(self, pixels: NDArray[np.uint8], record: dict[str, Any]) -> bytes:
+        height, width = pixels.shape[:2]
+        text = describe(record, width, height) if self.says_how else None
+        return encode(pixels, self.format, self.quality, text)
 
     def _name(self, folder: str, index: int, stem: str, data: bytes, extension: str) -> tuple[str, str]:
         # Other content, other name: nothing that a part names can ever change under it.

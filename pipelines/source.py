@@ -6,18 +6,18 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import fsspec
 
+from pipelines.chunk import CHUNK_ROWS, Chunk
 from pipelines.errors import JobError, LdmError
+from pipelines.image_source import holds_images, list_images, read_earlier, read_parameters
 from pipelines.job import Source
-from pipelines.storage import Store, expand, is_local, list_files
+from pipelines.storage import Store, expand, is_local
 
-CHUNK_ROWS = 20_000
 FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -27,25 +27,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 MAX_FIELD_CHARS = 1 << 20
-
-
-@dataclass
-class Chunk:
-    """Some consecutive rows as equally long columns. `first_row` counts from 1, without a header.
-
-    `has_header` says that every chunk of the file has the same columns. Relative paths in cells are relative to `base`.
-    `versions` tells, where a listing does, which version of each image is there (size and ETag or time).
-    """
-
-    uri: str
-    first_row: int
-    num_rows: int
-    columns: dict[str, list[Any]]
-    has_header: bool = True
-    base: str = ""
-    versions: list[str] | None = None
 
 
 def read_source(source: Source) -> Iterator[Chunk]:
@@ -63,44 +45,24 @@ def read_source(source: Source) -> Iterator[Chunk]:
     paths = [source.path] if isinstance(source.path, str) else source.path or []
     if not paths:
         raise JobError("source.path is an empty list; name at least one file")
-    if source.format == "images" or (source.format == "auto" and all(_holds_images(path) for path in paths)):
+    images = source.format == "auto" and all(holds_images(path) for path in paths)
+    if source.format in ("images", "parameters", "manifest") or images:
+        read = {"parameters": read_parameters, "manifest": read_earlier}.get(source.format, list_images)
         for path in paths:
-            yield from _images(path, source.storage_options)
+            yield from read(path, source.storage_options)
         return
     files = []
     for path in paths:
         found = list(expand(path, source.storage_options))
         if not found:
             raise JobError(f"source.path {path}: no file matches; check the pattern")
-        if source.format == "auto" and all(_holds_images(name) for name in found):
+        if source.format == "auto" and all(holds_images(name) for name in found):
             # A pattern such as *.[pj][np]g shows only now what it matches.
-            yield from _images(path, source.storage_options)
+            yield from list_images(path, source.storage_options)
         else:
             files += found
     for uri in files:
         yield from _read_file(uri, source)
-
-
-def _holds_images(path: str) -> bool:
-    """Whether a path names a folder, an image or a pattern of images, and no table."""
-    if path.endswith("/") or (is_local(path) and Path(path.removeprefix("file://")).is_dir()):
-        return True
-    suffix = PurePosixPath(path).suffix.lower()
-    return suffix in IMAGE_SUFFIXES or (not is_local(path) and not suffix and not any(c in path for c in "*?["))
-
-
-def _images(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
-    """A row per image under a folder, URL or pattern: `image` and `id` are its path below the root. Opens no file."""
-    first = 1
-    base, listing = list_files(path, storage_options)
-    named = ((name, version) for name, version in listing if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
-    while block := list(islice(named, CHUNK_ROWS)):
-        names = [name for name, _ in block]
-        versions = [version for _, version in block]
-        yield Chunk(path, first, len(block), {"id": names, "image": list(names)}, base=base, versions=versions)
-        first += len(block)
-    if first == 1:
-        raise JobError(f"source.path {path}: no image there ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path")
 
 
 def _read_file(uri: str, source: Source) -> Iterator[Chunk]:
@@ -193,7 +155,23 @@ def _json_lines(uri: str, text: Iterable[str]) -> Iterator[dict[str, Any]]:
             raise JobError(f"{uri} line {number}: not valid JSON ({error}); one object a line") from None
         if not isinstance(value, dict):
             raise JobError(f"{uri} line {number}: a {type(value).__name__}, not an object; one object a line")
-        yield value
+        yield from _batch_request(value) if {"custom_id", "body"} <= value.keys() else (value,)
+
+
+def _batch_request(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A line of OpenAI's batch format as rows: `custom_id`, and in `body` prompt, n, size and any column of ours."""
+    body = value["body"] if isinstance(value["body"], dict) else {}
+    row = {name: cell for name, cell in body.items() if name not in ("n", "size", "model", "response_format")}
+    row["id"] = value["custom_id"]
+    width, by, height = str(body.get("size") or "").partition("x")
+    if by:
+        row |= {"width": width, "height": height}
+    count = body.get("n") or 1
+    if not isinstance(count, int) or count == 1:
+        yield row
+        return
+    for i in range(count):
+        yield {**row, "id": f"{row['id']}#{i}"}
 
 
 def _parquet(uri: str, options: dict[str, Any]) -> Iterator[Chunk]:

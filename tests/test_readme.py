@@ -10,7 +10,8 @@ from typer.main import get_command
 from ldm_ops.schedulers import SCHEDULERS
 from pipelines import manifest
 from pipelines.cli import app
-from pipelines.job import Job, Sink, Source, Txt2ImgStage
+from pipelines.job import Job, Sink, Source
+from pipelines.stages import STAGES
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,7 @@ def test_every_command_and_option_of_the_readme_exists_and_every_command_is_in_i
     assert {o for o in re.findall(r"`(--[a-z]+)", README)} <= options
 
 
-@pytest.mark.parametrize("model", [Job, Source, Sink, Txt2ImgStage], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [Job, Source, Sink, *STAGES.values()], ids=lambda m: m.__name__)
 def test_every_field_of_a_job_is_in_the_readme(model: type) -> None:
     words = set(re.findall(r"[a-z_]+", README))
     assert set(model.model_fields) <= words | {"stages"}

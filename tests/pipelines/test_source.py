@@ -116,3 +116,15 @@ def test_a_path_without_a_table_says_so(tmp_path: Path, path: str, message: str)
 def test_a_missing_object_says_so(s3_options: dict[str, Any]) -> None:
     with pytest.raises(JobError, match="no such file"):
         rows(path="s3://bkt/nowhere/t.csv", storage_options=s3_options)
+
+
+def test_openai_batch_requests_are_rows(tmp_path: Path) -> None:
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/images", "body": {"prompt": "a cat", "size": "64x128"}},
+        {"custom_id": "b", "body": {"model": "x", "prompt": "a dog", "n": 2, "seed": 3}},
+    ]
+    (tmp_path / "batch.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    found = rows(path=str(tmp_path / "batch.jsonl"))
+    assert [row["id"] for row in found] == ["a", "b#0", "b#1"]
+    assert (found[0]["prompt"], found[0]["width"], found[0]["height"]) == ("a cat", "64", "128")
+    assert (found[1]["prompt"], found[1]["seed"]) == ("a dog", 3)

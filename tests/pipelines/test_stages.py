@@ -283,3 +283,33 @@ def test_images_on_object_storage_are_listed_and_read(
     for path, message in (("s3://bkt/**.png", "Invalid pattern"), ("s3://bkt/nothing/", "nothing there")):
         with pytest.raises(LdmError, match=message):
             check(job(tmp_path, {"path": path, "storage_options": s3_options}, img2img(tiny_model)))
+
+
+def test_pictures_that_say_how_they_were_made_are_made_again_to_the_byte(tiny_model: Path, tmp_path: Path) -> None:
+    stage = {"op": "txt2img", "model": str(tiny_model)}
+    rows = [{"prompt": f"a red circle, {i}", "negative_prompt": "blue", "guidance_scale": 3 + i} for i in range(3)]
+    run(job(tmp_path / "first", {"rows": rows}, stage))
+    again = {"path": str(tmp_path / "first" / "images"), "format": "parameters"}
+    run(job(tmp_path / "again", again, {**stage, "num_inference_steps": 9, "guidance_scale": 1}))
+    shas = [{row["sha256"] for row in reader.rows(tmp_path / out)} for out in ("first", "again")]
+    assert shas[0] == shas[1]
+    Image.fromarray(picture()).save(tmp_path / "first" / "images" / "mute.png")
+    with pytest.raises(JobError, match=r"images/mute.png: the picture does not say how it was made"):
+        check(job(tmp_path / "again", again, stage))
+
+
+def test_an_earlier_runs_pictures_are_a_source_its_failures_are_not(
+    poisoned_model: Path, upscaler: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": p, "tag": p[-4:]} for p in ("a red ring", "a red star", "a blue star")]
+    run(job(tmp_path / "first", {"rows": rows}, {"op": "txt2img", "model": str(poisoned_model)}))
+    source = {"path": str(tmp_path / "first"), "format": "manifest"}
+    run(job(tmp_path / "large", source, {"op": "upscale", "model": str(upscaler)}))
+    first = {row["key"]: row for row in reader.rows(tmp_path / "first")}
+    large = reader.rows(tmp_path / "large")
+    assert sorted(row["tag"] for row in large) == ["star", "star"]
+    for row in large:
+        assert row["image"] == str(tmp_path / "first" / first[row["id"]]["uri"])
+        assert (row["width"], row["prompt"]) == (256, first[row["id"]]["prompt"])
+    with pytest.raises(JobError, match="no picture of an earlier run there"):
+        check(job(tmp_path / "x", {**source, "path": str(tmp_path)}, {"op": "upscale", "model": str(upscaler)}))

@@ -1,0 +1,115 @@
+"""Rows that come from pictures: a listing, what pictures say about themselves, the output of an earlier run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from pipelines import generation_text
+from pipelines.chunk import CHUNK_ROWS, Chunk
+from pipelines.errors import JobError
+from pipelines.manifest import SCHEMA, read_manifest
+from pipelines.storage import Store, is_local, list_files
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+READERS = 16
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Kinds of picture that say how they were made."""
+
+
+def holds_images(path: str) -> bool:
+    """Whether a path names a folder, an image or a pattern of images, and no table."""
+    if path.endswith("/") or (is_local(path) and Path(path.removeprefix("file://")).is_dir()):
+        return True
+    suffix = PurePosixPath(path).suffix.lower()
+    return suffix in IMAGE_SUFFIXES or (not is_local(path) and not suffix and not any(c in path for c in "*?["))
+
+
+def list_images(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
+    """A row per image under a folder, URL or pattern: `image` and `id` are its path below the root. Opens no file.
+
+    Raises:
+        JobError: there is none.
+        StorageError: there is nothing at all, or the store refuses.
+    """
+    first = 1
+    base, listing = list_files(path, storage_options)
+    named = ((name, version) for name, version in listing if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+    while block := list(islice(named, CHUNK_ROWS)):
+        names = [name for name, _ in block]
+        versions = [version for _, version in block]
+        yield Chunk(path, first, len(block), {"id": names, "image": list(names)}, base=base, versions=versions)
+        first += len(block)
+    if first == 1:
+        raise JobError(f"source.path {path}: no image there ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path")
+
+
+def read_parameters(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
+    """As `list_images`, with the prompt and the parameters that each picture carries. Decodes no pixel.
+
+    Raises:
+        JobError: a picture carries none.
+    """
+    for chunk in list_images(path, storage_options):
+        store = Store(chunk.base or ".", storage_options)
+
+        def one(name: str, store: Store = store) -> dict[str, Any]:
+            text = _text(store, name)
+            try:
+                return {} if text is None else generation_text.parse(text)
+            except ValueError:
+                return {}
+
+        with ThreadPoolExecutor(READERS) as pool:
+            rows = list(pool.map(one, chunk.columns["id"]))
+        for name, row in zip(chunk.columns["id"], rows, strict=True):
+            if not row:
+                raise JobError(
+                    f"source.path {store.uri(name)}: the picture does not say how it was made (no `parameters` text); "
+                    "take it out, or give a table with prompts"
+                )
+        names = sorted({name for row in rows for name in row})
+        chunk.columns |= {name: [row.get(name) for row in rows] for name in names}
+        yield chunk
+
+
+def _text(store: Store, name: str) -> str | None:
+    try:
+        if store.local is not None:
+            with Image.open(store.local / name, formats=FORMATS) as image:
+                return generation_text.read(image)
+        with (
+            store.filesystem.open(store.uri(name), "rb", block_size=1 << 16) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
+            return generation_text.read(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        return None
+
+
+def read_earlier(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
+    """The pictures that an earlier run made, its `ok` rows, with their prompts and what passed through.
+
+    Raises:
+        JobError: there is no manifest, or no picture in it.
+    """
+    table = read_manifest(path, storage_options=storage_options)
+    rows = [row for row in table.to_pylist() if row["status"] == "ok"]
+    if not rows:
+        raise JobError(f"source.path {path}: no picture of an earlier run there; give the output folder of a job")
+    own = {"id", "prompt", "negative_prompt"}
+    passed = [name for name in table.column_names if name not in SCHEMA.names] + sorted(own)
+    for first in range(0, len(rows), CHUNK_ROWS):
+        block = rows[first : first + CHUNK_ROWS]
+        columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in passed}
+        columns["image"] = [row["uri"] for row in block]
+        # Several rows of one table may share their missing id; a key is one row's alone.
+        columns["id"] = [row["id"] or row["key"] for row in block]
+        versions = [row["sha256"] for row in block]
+        base = path.removeprefix("file://").rstrip("/")
+        yield Chunk(path, first + 1, len(block), columns, base=base, versions=versions)
