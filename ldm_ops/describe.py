@@ -12,11 +12,12 @@ from pydantic import BaseModel
 from ldm_ops.schedulers import is_flow, scheduler_name
 
 UPSCALERS = ("LDMSuperResolutionPipeline", "StableDiffusionUpscalePipeline")
+AUTOENCODES = frozenset({"encode", "decode"})
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class ModelFacts(BaseModel, frozen=True):
-    """Sizes in pixels. `size_multiple`: height and width must be multiples of it."""
+    """Sizes in pixels. `size_multiple`: height and width must be multiples of it. `ops`: what it can be used for."""
 
     pipeline: str
     size_multiple: int
@@ -25,7 +26,10 @@ class ModelFacts(BaseModel, frozen=True):
     scheduler: str
     flow_matching: bool
     has_safety_checker: bool
-    is_upscaler: bool
+    ops: frozenset[str]
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
+    latent_factor: int = 8
 
 
 class NotAModel(ValueError):
@@ -51,6 +55,9 @@ def describe(folder: Path) -> ModelFacts:
         NotAModel: no model_index.json, code of its own, or pickled weights without safetensors.
     """
     index = _read(folder / "model_index.json")
+    alone = _read(folder / "config.json")
+    if not index and alone.get("_class_name") == "AutoencoderKL":
+        return _autoencoder(folder, alone)
     if not index:
         raise NotAModel(f"{folder} has no model_index.json; give a folder in diffusers' layout (save_pretrained)")
     pipeline = index.get("_class_name")
@@ -96,5 +103,35 @@ def describe(folder: Path) -> ModelFacts:
         scheduler=scheduler,
         flow_matching=is_flow(scheduler),
         has_safety_checker="safety_checker" in components,
-        is_upscaler=pipeline in UPSCALERS,
+        ops=_ops(pipeline, vae),
+        latent_scale=vae.get("scaling_factor") or 1.0,
+        latent_shift=vae.get("shift_factor") or 0.0,
+        latent_factor=factor,
+    )
+
+
+def _ops(pipeline: str, vae: dict[str, Any]) -> frozenset[str]:
+    if pipeline in UPSCALERS:
+        return frozenset({"upscale"})
+    plain = {"txt2img", "img2img", "inpaint"}
+    return frozenset(plain | AUTOENCODES if vae.get("_class_name") == "AutoencoderKL" else plain)
+
+
+def _autoencoder(folder: Path, config: dict[str, Any]) -> ModelFacts:
+    """Facts of a folder that holds an autoencoder and nothing else."""
+    if not any(folder.glob("*.safetensors")):
+        raise NotAModel(f"{folder} holds no *.safetensors; save it with save_pretrained(safe_serialization=True)")
+    factor = 2 ** (len(config.get("block_out_channels") or [0] * 4) - 1)
+    return ModelFacts(
+        pipeline="AutoencoderKL",
+        size_multiple=max(8, factor),
+        default_height=0,
+        default_width=0,
+        scheduler="",
+        flow_matching=False,
+        has_safety_checker=False,
+        ops=AUTOENCODES,
+        latent_scale=config.get("scaling_factor") or 1.0,
+        latent_shift=config.get("shift_factor") or 0.0,
+        latent_factor=factor,
     )

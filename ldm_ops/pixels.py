@@ -24,5 +24,6 @@ def from_uint8(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
     import numpy as np
     import torch
 
-    stack = torch.from_numpy(np.stack([p if p.ndim == 3 else p[..., None] for p in pictures]))
-    return stack.permute(0, 3, 1, 2).float().div(255)
+    stack = np.stack([p if p.ndim == 3 else p[..., None] for p in pictures])
+    # Of one memory layout, diffusers' own for pictures: another would run other kernels, with other last bits.
+    return torch.from_numpy(np.ascontiguousarray(stack)).permute(0, 3, 1, 2).float().div(255)

@@ -36,6 +36,9 @@ STAGE = pa.struct(
 )
 """What one stage did to a row, under which parameters; `uri` where its picture was kept on the way."""
 
+GEOMETRY = ("original_height", "original_width", "crop_top", "crop_left")
+"""Of an image that came in: the file's own size, and the corner of what is left of it once scaled."""
+
 RESULT_FIELDS = [
     pa.field("status", pa.string()),
     pa.field("stage", pa.string()),
@@ -44,6 +47,9 @@ RESULT_FIELDS = [
     pa.field("pixels", pa.binary()),
     pa.field("mask_pixels", pa.binary()),
     pa.field("kept", pa.list_(pa.struct([("stage", pa.int32()), ("pixels", pa.binary())]))),
+    pa.field("latents_data", pa.binary()),
+    pa.field("flipped", pa.bool_()),
+    *(pa.field(name, pa.int32()) for name in GEOMETRY),
     pa.field("nsfw", pa.bool_()),
     pa.field(
         "intermediates", pa.list_(pa.struct([("step", pa.int32()), ("latents", pa.binary()), ("preview", pa.binary())]))

@@ -234,12 +234,16 @@ def _planned_text(planned: Planned) -> str:
 
 
 def _bucket_text(bucket: dict[str, Any]) -> str:
-    width, height, strength = bucket["width"], bucket["height"], bucket["strength"]
+    width, height = bucket["width"], bucket["height"]
     size = f"{width or '?'}×{height or '?'}" if width or height else "as it is"
-    return (
-        f"         {bucket['rows']:>6}  {bucket['batches']:>7}  {size:<10} {bucket['num_inference_steps']:>6}"
-        f"  {bucket['guidance_scale']:>8g}  {'' if strength is None else f'{strength:g}':>8}  {bucket['scheduler']}"
+    steps, guidance, strength = (
+        "" if bucket[name] is None else f"{bucket[name]:g}"
+        for name in ("num_inference_steps", "guidance_scale", "strength")
     )
+    return (
+        f"         {bucket['rows']:>6}  {bucket['batches']:>7}  {size:<10} {steps:>6}  {guidance:>8}  {strength:>8}  "
+        f"{bucket['scheduler'] or ''}"
+    ).rstrip()
 
 
 def _totals_text(totals: Totals) -> str:
@@ -267,7 +271,8 @@ def _summary_text(path: Path, job: Job, summary: Summary) -> str:
         show = f"import pipelines; print(pipelines.read_manifest({out!r}))"
         lines += ["next:", f"  ldm-batch status {shlex.quote(out)}"]
         if "://" not in out:
-            lines.append(f"  ls {shlex.quote(f'{out}/images')}")
+            folder = "images" if job.layout == "files" else "data"
+            lines.append(f"  ls {shlex.quote(f'{out}/{folder}')}")
         lines.append(f"  python -c {shlex.quote(show)}")
     else:
         lines += ["stopped; to do the rest:", f"  ldm-batch run {shlex.quote(str(path))}"]

@@ -108,6 +108,7 @@ def read_earlier(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
         block = rows[first : first + CHUNK_ROWS]
         columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in passed}
         columns["image"] = [row["uri"] for row in block]
+        columns["latents"] = [None if r["latents_row"] is None else f"{r['uri']}#{r['latents_row']}" for r in block]
         # Several rows of one table may share their missing id; a key is one row's alone.
         columns["id"] = [row["id"] or row["key"] for row in block]
         versions = [row["sha256"] for row in block]

@@ -6,6 +6,7 @@ Runs on the CPU before the model's worker. What is wrong with an image is its ro
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,30 +39,56 @@ class BadImage(ValueError):
         self.kind = kind
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What one row brought along: `image` uint8 (H, W, 3), `mask_image` uint8 (H, W), and how the image was cut.
+
+    `crop_top` and `crop_left` are the corner of what is left, in pixels of the image already scaled (what SDXL calls
+    `crops_coords_top_left`); the original size is the upright file's.
+    """
+
+    image: Pixels
+    mask_image: Pixels | None
+    original_height: int
+    original_width: int
+    crop_top: int
+    crop_left: int
+
+
 @dataclass
 class Loader:
-    """How a stage's images come in: the resize policy, what sides must be multiples of, what shines through."""
+    """How a stage's images come in: the resize policy, what sides must be multiples of, what shines through.
+
+    `buckets` are the (width, height) to choose from, where there is a choice.
+    """
 
     takes: frozenset[str]
     resize: Resize | None
     multiple: int
     background: str
     storage_options: dict[str, Any]
+    buckets: tuple[tuple[int, int], ...] = ()
     stores: dict[str, Store] = field(default_factory=dict)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Pixels] | BadImage]:
-        """For each row its `image`, uint8 (H, W, 3), and `mask_image`, uint8 (H, W); or what is wrong with them."""
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Loaded | BadImage]:
+        """For each row what it brought along, or what is wrong with it."""
         with ThreadPoolExecutor(FETCHES) as pool:
             return list(pool.map(self._one, rows))
 
-    def _one(self, row: Mapping[str, Any]) -> dict[str, Pixels] | BadImage:
+    def _one(self, row: Mapping[str, Any]) -> Loaded | BadImage:
         try:
             image = decode(self.fetch(row["image"]), self.background)
-            found = {"image": image}
-            if "mask_image" in self.takes:
-                found["mask_image"] = self._mask(row["mask_image"], image.size)
+            mask = self._mask(row["mask_image"], image.size) if "mask_image" in self.takes else None
             target = self._target(image.size, row["height"], row["width"])
-            return {name: np.asarray(self._fit(part, target, name)) for name, part in found.items()}
+            top, left = self._corner(image.size, target)
+            return Loaded(
+                image=np.asarray(self._fit(image, target, "image")),
+                mask_image=None if mask is None else np.asarray(self._fit(mask, target, "mask_image")),
+                original_height=image.height,
+                original_width=image.width,
+                crop_top=top,
+                crop_left=left,
+            )
         except BadImage as error:
             where = str(row["image"])
             return error if where in str(error) else BadImage(error.kind, f"{where}: {error}")
@@ -120,6 +147,9 @@ class Loader:
 
     def _target(self, size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         """(width, height) that an image is brought to."""
+        if self.buckets:
+            shape = math.log(size[0] / size[1])
+            return min(self.buckets, key=lambda b: (abs(math.log(b[0] / b[1]) - shape), -b[0] * b[1]))
         m = self.multiple
 
         def near(value: float) -> int:
@@ -144,14 +174,32 @@ class Loader:
             return near(size[0] * scale), near(size[1] * scale)
         return near(wide), near(high)
 
+    def _cuts(self) -> bool:
+        return bool(self.buckets) or self.resize in (None, "fill")
+
+    def _corner(self, size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+        """(top, left) of the middle cut, in pixels of the scaled image."""
+        if not self._cuts():
+            return 0, 0
+        scale = max(target[0] / size[0], target[1] / size[1])
+        return round((size[1] * scale - target[1]) / 2), round((size[0] * scale - target[0]) / 2)
+
     def _fit(self, image: Image.Image, target: tuple[int, int], name: str) -> Image.Image:
         if image.size == target:
             return image
         # A mask keeps its two values.
         resample = Image.Resampling.NEAREST if name == "mask_image" else Image.Resampling.LANCZOS
-        return (
-            ImageOps.fit(image, target, resample) if self.resize in (None, "fill") else image.resize(target, resample)
-        )
+        return ImageOps.fit(image, target, resample) if self._cuts() else image.resize(target, resample)
+
+
+def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float) -> tuple[tuple[int, int], ...]:
+    """Every (width, height) of multiples with at most resolution² pixels: per width the largest height that fits."""
+    found = set()
+    for width in range(multiple, int(resolution * max_aspect_ratio) + 1, multiple):
+        height = resolution * resolution // width // multiple * multiple
+        if height and max(width / height, height / width) <= max_aspect_ratio:
+            found |= {(width, height), (height, width)}
+    return tuple(sorted(found))
 
 
 def decode(data: bytes, background: str) -> Image.Image:

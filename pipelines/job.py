@@ -81,7 +81,9 @@ class Sink(Section):
     """Where results go."""
 
     path: Annotated[str, StringConstraints(min_length=1)] = Field(description="folder or fsspec URL")
-    layout: Literal["files"] = "files"
+    layout: Literal["auto", "files", "latents"] = Field(
+        "auto", description="files, one per picture; latents, Parquet files by shape, where the last stage is encode"
+    )
     format: Literal["png", "jpeg", "webp"] = Field("png", description="png and webp are lossless here")
     quality: int = Field(95, ge=1, le=100, description="of JPEG")
     embed_metadata: Literal["a1111", "none"] = Field(
@@ -110,12 +112,27 @@ class Job(Section):
     @model_validator(mode="after")
     def _links(self) -> Job:
         for i, stage in enumerate(self.stages):
+            before = self.stages[i - 1].op if i else None
             if i and stage.op in ("txt2img", "inpaint"):
                 takes = "no image" if stage.op == "txt2img" else "a mask, which only a row can bring"
                 raise ValueError(f"stages.{i}: {stage.op} takes {takes}; it can only be the first stage")
+            if (before == "encode") != (i > 0 and stage.op == "decode"):
+                raise ValueError(
+                    f"stages.{i}: {stage.op} cannot follow {before}; decode takes latents, all else images"
+                )
+            if stage.keep and stage.op == "encode":
+                raise ValueError(f"stages.{i}.keep: latents on the way are not kept; leave it out")
             if stage.keep and i == len(self.stages) - 1:
                 raise ValueError(f"stages.{i}.keep: the last stage's pictures are always written; leave it out")
+        if self.sink.layout != "auto" and self.sink.layout != self.layout:
+            last = self.stages[-1].op
+            raise ValueError(f"sink.layout: {self.sink.layout} does not fit {last}; use {self.layout}, or leave it out")
         return self
+
+    @property
+    def layout(self) -> Literal["files", "latents"]:
+        """What the output holds."""
+        return "latents" if self.stages[-1].op == "encode" else "files"
 
     def resolved_yaml(self) -> str:
         """What `_ldm/job.yaml` keeps: every default filled in, no storage option."""
@@ -133,7 +150,7 @@ class Job(Section):
         not_output = (set(Pool.model_fields) - {"keep"}) | {"model", "revision"}
         stages = [stage.model_dump(mode="json", exclude=not_output | stage.run_only) for stage in self.stages]
         sink = self.sink.model_dump(
-            include={"layout", "format", "embed_metadata"} | ({"quality"} if self.sink.format == "jpeg" else set())
+            include={"format", "embed_metadata"} | ({"quality"} if self.sink.format == "jpeg" else set())
         )
         source = self.source.model_dump(mode="json", include={"columns", "templates", "matrix"})
         return flatten({"name": self.name, "seed": self.seed, "source": source, "stages": stages, "sink": sink})

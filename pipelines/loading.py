@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyarrow as pa
 
 from ldm_ops.describe import ModelFacts
-from pipelines.blocks import MAX_MESSAGE_CHARS, pack, with_results
-from pipelines.inputs import BadImage, Loader
+from pipelines.blocks import GEOMETRY, MAX_MESSAGE_CHARS, pack, with_results
+from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
+from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
 from pipelines.plans import read_shard
-from pipelines.stages import AnyStage, Background, ImageInput
+from pipelines.stages import AnyStage, Background, Buckets, ImageInput
 from pipelines.storage import Store
 
 
@@ -19,15 +21,21 @@ def image_loader(stage: AnyStage, facts: ModelFacts, storage_options: dict[str, 
     if not isinstance(stage, Background):
         return None
     resize, multiple = (stage.resize, facts.size_multiple) if isinstance(stage, ImageInput) else (None, 1)
-    return Loader(stage.reads, resize, multiple, stage.background, storage_options)
+    buckets: tuple[tuple[int, int], ...] = ()
+    if isinstance(stage, Buckets) and stage.resolution is not None:
+        step = math.lcm(stage.bucket_multiple, multiple)
+        buckets = bucket_sizes(stage.resolution, step, stage.max_aspect_ratio)
+    return Loader(stage.reads, resize, multiple, stage.background, storage_options, buckets)
 
 
 class LoadShard:
-    """Callable on one place in a plan; returns its rows with their images, or none where the part is there by now."""
+    """Callable on one place in a plan; returns its rows with what they bring along, or none where the part is there."""
 
-    def __init__(self, store: Store, loader: Loader | None) -> None:
+    def __init__(self, store: Store, loader: Loader | None, encoder: str, storage_options: dict[str, Any]) -> None:
         self.store = store
         self.loader = loader
+        self.encoder = encoder
+        self.storage_options = storage_options
 
     def __call__(self, place: pa.Table) -> pa.Table:
         file, row_group, part = (place[name][0].as_py() for name in place.column_names)
@@ -35,27 +43,45 @@ class LoadShard:
         if part and self.store.read(part) is not None:
             return with_results(table, [])
         rows = table.to_pylist()
-        results: list[dict[str, Any]] = [
-            {}
-            if row["problem"] is None
-            else {
-                "status": "failed",
-                "stage": "plan",
-                "error_type": "row.invalid",
-                "error_message": row["problem"],
-            }
-            for row in rows
-        ]
+        results = [{} if row["problem"] is None else _failed("plan", "row.invalid", row["problem"]) for row in rows]
+        fine = [i for i, result in enumerate(results) if not result]
         if self.loader is not None:
-            fine = [i for i, result in enumerate(results) if not result]
             for i, loaded in zip(fine, self.loader([rows[i] for i in fine]), strict=True):
-                if isinstance(loaded, BadImage):
-                    kind, message = loaded.kind, str(loaded)[:MAX_MESSAGE_CHARS]
-                    results[i] = {"status": "failed", "stage": "load", "error_type": kind, "error_message": message}
-                else:
-                    mask = loaded.get("mask_image")
-                    results[i] = {
-                        "pixels": pack(loaded["image"]),
-                        "mask_pixels": None if mask is None else pack(mask),
-                    }
+                results[i] = _image(loaded)
+        files: dict[str, tuple[LatentsHead, pa.Table] | NotLatents] = {}
+        for i in fine:
+            if rows[i]["latents"] is not None:
+                results[i] = self._latents(rows[i]["latents"], files)
         return with_results(table, results)
+
+    def _latents(self, where: str, files: dict[str, tuple[LatentsHead, pa.Table] | NotLatents]) -> dict[str, Any]:
+        uri, _, number = where.rpartition("#")
+        if uri not in files:
+            folder, _, name = uri.rpartition("/")
+            data = Store(folder, self.storage_options).read(name)
+            try:
+                files[uri] = read_latents(data) if data is not None else NotLatents("there is no such file")
+            except NotLatents as error:
+                files[uri] = error
+        found = files[uri]
+        if isinstance(found, NotLatents):
+            return _failed("load", "latents.broken", f"{uri}: {found}")
+        head, rows = found
+        if head.encoder_revision != self.encoder:
+            made_by = f"{head.encoder} @ {head.encoder_revision}"
+            return _failed("load", "latents.encoder", f"{uri} is by {made_by}, not {self.encoder}")
+        return {"latents_data": pack(as_array(rows["latents"].slice(int(number), 1), head)[0])}
+
+
+def _image(loaded: Loaded | BadImage) -> dict[str, Any]:
+    if isinstance(loaded, BadImage):
+        return _failed("load", loaded.kind, str(loaded))
+    return {
+        "pixels": pack(loaded.image),
+        "mask_pixels": None if loaded.mask_image is None else pack(loaded.mask_image),
+        **{name: getattr(loaded, name) for name in GEOMETRY},
+    }
+
+
+def _failed(stage: str, kind: str, message: str) -> dict[str, Any]:
+    return {"status": "failed", "stage": stage, "error_type": kind, "error_message": message[:MAX_MESSAGE_CHARS]}

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.blocks import STAGE
+from pipelines.blocks import GEOMETRY, STAGE
 from pipelines.errors import NotWhole
 from pipelines.storage import Store
 
@@ -58,6 +58,10 @@ SCHEMA = pa.schema(
         pa.field("source_uri", pa.string()),
         pa.field("source_row", pa.int64()),
         pa.field("num_duplicates", pa.int32()),
+        *(pa.field(name, pa.int32()) for name in GEOMETRY),
+        pa.field("flipped", pa.bool_()),
+        pa.field("latents_row", pa.int32()),
+        pa.field("latents_shape", pa.list_(pa.int32())),
         pa.field("nsfw", pa.bool_()),
         pa.field("intermediates", pa.list_(INTERMEDIATE)),
         pa.field("stages", pa.list_(STAGE)),
@@ -71,9 +75,11 @@ SCHEMA = pa.schema(
 )
 """One row per planned row; the table's other columns follow, `input.` in front where a name is taken.
 
-`status` is ok, failed or filtered. `uri` is relative to the output. Sizes in px, `duration_s` is the row's share of its
-device batch, over all stages. `image` is what the row brought along. `intermediates` lists what `save_intermediates`
-kept; `stages` what each stage did and under which parameters, the fields above being those of the first.
+`status` is ok, failed or filtered. `uri` is relative to the output; of latents it is the file that holds them, at row
+`latents_row`, and `sha256` and `num_bytes` are of these latents alone. Sizes in px, `duration_s` is the row's share of
+its device batch, over all stages. `image` is what the row brought along. `intermediates` lists what
+`save_intermediates` kept; `stages` what each stage did and under which parameters, the fields above being those of the
+first.
 """
 
 FOLDER = "manifest"

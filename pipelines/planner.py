@@ -57,6 +57,7 @@ OWN_FIELDS = [
     pa.field("strength", pa.float64()),
     pa.field("image", pa.string()),
     pa.field("mask_image", pa.string()),
+    pa.field("latents", pa.string()),
     pa.field("source_uri", pa.string()),
     pa.field("source_row", pa.int64()),
     pa.field("problem", pa.string()),
@@ -141,10 +142,13 @@ class _Planner:
             identify(stage.model, stage.revision, stage.variant, job.source.storage_options) for stage in job.stages
         ]
         for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True)):
-            if (stage.op == "upscale") != facts.is_upscaler:
-                takes = "an upscaler" if stage.op == "upscale" else "a text-to-image model"
-                raise JobError(f"stages.{i}.model: {stage.model} is a {facts.pipeline}; {stage.op} takes {takes}")
-            if stage.safety_checker not in (None, "off") and not facts.has_safety_checker:
+            if stage.op not in facts.ops:
+                raise JobError(
+                    f"stages.{i}.model: {stage.model} is a {facts.pipeline}, for {', '.join(sorted(facts.ops))}; "
+                    f"{stage.op} takes another kind of model"
+                )
+            policy = getattr(stage, "safety_checker", None)
+            if policy not in (None, "off") and not facts.has_safety_checker:
                 raise JobError(
                     f"stages.{i}.safety_checker: {stage.model} has no safety checker; leave it out, or set off"
                 )

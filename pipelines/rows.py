@@ -34,6 +34,9 @@ MAX_ID_CHARS = 512
 MAX_PROMPT_CHARS = 100_000
 MAX_EXPANSION = 100_000
 
+BROUGHT = ("image", "mask_image", "latents")
+"""Parameters that say where something lies."""
+
 _AT = {name: i for i, name in enumerate(ROW_PARAMETERS)}
 _BOX = re.compile(r"^\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*$")
 
@@ -209,16 +212,14 @@ class Resolver:
             "strength": _strength,
         }
         self.defaults: dict[str, Any] = {
-            "prompt": "" if stage.op == "upscale" and stage.prompt is None else stage.prompt,
-            "negative_prompt": stage.negative_prompt,
+            "prompt": getattr(stage, "prompt", None),
             "seed": None,
-            "height": getattr(stage, "height", None),
-            "width": getattr(stage, "width", None),
-            "num_inference_steps": stage.num_inference_steps,
-            "guidance_scale": stage.guidance_scale,
-            "scheduler": stage.scheduler or facts.scheduler,
-            "strength": getattr(stage, "strength", None),
+            **{name: getattr(stage, name, None) for name in ("negative_prompt", "height", "width", "strength")},
+            **{name: getattr(stage, name, None) for name in ("num_inference_steps", "guidance_scale")},
+            "scheduler": getattr(stage, "scheduler", None) or facts.scheduler or None,
         }
+        if self.defaults["prompt"] is None and stage.op in ("upscale", "encode", "decode"):
+            self.defaults["prompt"] = ""
         for name in ("height", "width", "scheduler"):
             if getattr(stage, name, None) is not None:
                 self._of_job(f"stages.0.{name}", name, self.defaults[name])
@@ -226,16 +227,17 @@ class Resolver:
             self.defaults["height"] = self.defaults["height"] or facts.default_height
             self.defaults["width"] = self.defaults["width"] or facts.default_width
         for i, (later, (_, its_facts)) in enumerate(zip(job.stages[1:], models[1:], strict=True), 1):
-            if later.scheduler is not None:
+            sampler = getattr(later, "scheduler", None)
+            if sampler is not None:
                 try:
-                    _scheduler(its_facts)(later.scheduler)
+                    _scheduler(its_facts)(sampler)
                 except Wrong as error:
                     raise JobError(f"stages.{i}.scheduler: {error}") from None
         self.axes: list[tuple[str, list[Any]]] = [
             (name, [self._of_job(f"source.matrix.{name}", name, value) for value in values])
             for name, values in source.matrix.items()
         ]
-        self.images = stage.num_images_per_prompt
+        self.images = getattr(stage, "num_images_per_prompt", 1)
         combinations = math.prod(len(values) for _, values in self.axes) * self.images
         if combinations > MAX_EXPANSION:
             raise JobError(
@@ -296,7 +298,7 @@ class Resolver:
             if first and theirs not in chunk.columns:
                 raise JobError(f"{chunk.uri}: source.columns.{ours}: no column {theirs!r}; the table has {there}")
         if first:
-            for name in ("prompt", "image", "mask_image"):
+            for name in ("prompt", "image", "mask_image", "latents"):
                 needed = name in self.takes and name not in self.templates and self.defaults.get(name) is None
                 if needed and self.column(name) not in chunk.columns:
                     other = ", or give stages.0.prompt" if name == "prompt" else ""
@@ -336,12 +338,18 @@ class Resolver:
     def _place_images(self, chunk: Chunk, values: list[Any], i: int) -> list[str]:
         """Put where an image lies in place of what the table says; return what belongs into the key instead."""
         parts: list[str] = []
-        for name in ("image", "mask_image"):
+        for name in BROUGHT:
             if name not in self.takes:
                 continue
             said = values[_AT[name]]
             if said is None:
                 raise Wrong(f"{name} is empty")
+            if name == "latents":
+                if chunk.versions is None or not isinstance(said, str):
+                    raise Wrong("latents come from the output of an encode job; set source.format: manifest")
+                values[_AT[name]] = f"{chunk.base}/{said}"
+                parts.append(chunk.versions[i])
+                continue
             where = box(said) if name == "mask_image" else None
             if where is not None:
                 parts.append(where)
@@ -374,7 +382,7 @@ class Resolver:
         value = None if column is None else column[i]
         if _missing(value):
             return self.defaults.get(name)
-        if name in ("image", "mask_image"):
+        if name in BROUGHT:
             return value
         cache = self._cache[name]
         if name == "prompt" or not isinstance(value, (str, int, float)):
@@ -403,14 +411,15 @@ class Resolver:
 
     def _expand(self, row_id: str | None, values: list[Any], versions: list[str], i: int) -> Iterator[PlannedRow]:
         several = len(self.combinations) * self.images > 1
-        where = [values[_AT[name]] for name in ("image", "mask_image")]
+        where = {name: values[_AT[name]] for name in BROUGHT}
         n = 0
         for combination in self.combinations:
             for image in range(self.images):
                 made = list(values)
                 for name, value in combination.items():
                     made[_AT[name]] = value
-                made[_AT["image"]] = made[_AT["mask_image"]] = None
+                for name in BROUGHT:
+                    made[_AT[name]] = None
                 seed = made[_AT["seed"]]
                 # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
                 if seed is None:
@@ -423,7 +432,8 @@ class Resolver:
                 n += 1
                 text = json.dumps([self.fixed, own_id, *made, versions], ensure_ascii=False, separators=(",", ":"))
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
-                made[_AT["image"]], made[_AT["mask_image"]] = where
+                for name, place in where.items():
+                    made[_AT[name]] = place
                 yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made))
 
 

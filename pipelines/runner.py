@@ -28,10 +28,12 @@ from pipelines.errors import (
     RunFailed,
 )
 from pipelines.job import Job
+from pipelines.latents_file import LatentsHead
 from pipelines.loading import LoadShard, image_loader
 from pipelines.planner import Planned, plan
 from pipelines.plans import Plan, Shard, read_plans
 from pipelines.sink import ShardWriter
+from pipelines.stages import AnyStage, EncodeStage
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
 from pipelines.totals import Totals, count, unfinished, write_success
@@ -176,8 +178,11 @@ def _execute(
         store,
         todo,
         stages,
-        writer=ShardWriter(store, plan.plan_id, own.sink, run_id, first.name, first.revision),
+        writer=ShardWriter(
+            store, plan.plan_id, own.sink, run_id, first.name, first.revision, encoder_of(own.stages[-1], *models[-1])
+        ),
         join=join,
+        storage_options=options,
     )
     if listener:
         listener.started()
@@ -209,6 +214,22 @@ def refuse_local_sink(store: Store, path: str) -> None:
         )
 
 
+def encoder_of(stage: AnyStage, weights: Weights, facts: ModelFacts) -> LatentsHead | None:
+    """What latents say of the encoder that made them; their shape and dtype are theirs. None of another stage."""
+    if not isinstance(stage, EncodeStage):
+        return None
+    return LatentsHead(
+        encoder=weights.name,
+        encoder_revision=weights.revision,
+        posterior=stage.posterior,
+        dtype="",
+        shape=(0, 0, 0),
+        scale=facts.latent_scale,
+        shift=facts.latent_shift,
+        factor=facts.latent_factor,
+    )
+
+
 def plan_models(
     plan: Plan, own: Job, planned: Planned, storage_options: dict[str, Any]
 ) -> list[tuple[Weights, ModelFacts]]:
@@ -237,6 +258,7 @@ def dataset(
     stages: list[tuple[Fit, tuple[Any, ...]]],
     writer: ShardWriter,
     join: bool,
+    storage_options: dict[str, Any],
 ) -> ray.data.Dataset:
     """The whole pipeline, lazily; one shard is one block from end to end. `join` skips shards that are done by now."""
     import ray.data
@@ -250,9 +272,9 @@ def dataset(
         ]
     )
     first: Place = stages[0][1][0]
-    shards = places.map_batches(
-        LoadShard(store, first.loader), batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
-    )
+    first_weights: Weights = stages[0][1][2]
+    load = LoadShard(store, first.loader, first_weights.revision, storage_options)
+    shards = places.map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     for pool, arguments in stages:
         place: Place = arguments[0]
         # A class of its own per stage, or Ray's dashboard calls all of them by the same name.

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipelines.commit import commit
 from pipelines.generation_text import describe
 from pipelines.images import EXTENSIONS, Format, encode
 from pipelines.job import Sink
+from pipelines.latents_file import LatentsHead, write_latents
 from pipelines.storage import Store
 
 PUTS_IN_FLIGHT = 16
@@ -38,18 +40,28 @@ RECEIPT = pa.schema(
 )
 """What the driver hears of a committed shard. `outcome`: mine, or theirs where another run was first."""
 
-_INTERNAL = {"problem", "batch", "pixels", "mask_pixels", "kept", "intermediates", "stages"}
+_INTERNAL = {"problem", "batch", "pixels", "mask_pixels", "latents_data", "kept", "intermediates", "stages"}
 
 
 class ShardWriter:
     """Callable on one finished shard; safe to repeat, by anyone, at any time."""
 
-    def __init__(self, store: Store, plan_id: str, sink: Sink, run_id: str, model: str, revision: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        plan_id: str,
+        sink: Sink,
+        run_id: str,
+        model: str,
+        revision: str,
+        encoder: LatentsHead | None = None,
+    ) -> None:
         self.store = store
         self.plan_id = plan_id
         self.format: Format = sink.format
         self.quality = sink.quality
         self.says_how = sink.embed_metadata != "none"
+        self.encoder = encoder
         self.constants = {"run_id": run_id, "model": model, "model_revision": revision}
 
     def __call__(self, shard: pa.Table) -> pa.Table:
@@ -59,6 +71,7 @@ class ShardWriter:
         index = rows[0]["shard"]
         puts: list[tuple[str, bytes]] = []
         records = [self._record(row, index, puts.append) for row in rows]
+        self._latents(rows, records, index, puts.append)
         with ThreadPoolExecutor(PUTS_IN_FLIGHT) as pool:
             list(pool.map(lambda put: self.store.write(*put), puts))
         counts = {s: sum(r["status"] == s for r in records) for s in ("ok", "failed", "filtered")}
@@ -99,7 +112,7 @@ class ShardWriter:
             stages[early["stage"]] |= {"uri": uri, "sha256": sha256, "num_bytes": len(data)}
         record["stages"] = stages
         kept = []
-        if row["status"] == "ok":
+        if row["status"] == "ok" and row["pixels"] is not None:
             pixels = unpack(row["pixels"])
             data = self._encode(pixels, record)
             uri, sha256 = self._name("images", index, row["key"], data, EXTENSIONS[self.format])
@@ -128,6 +141,37 @@ class ShardWriter:
                     )
         record["intermediates"] = kept
         return record
+
+    def _latents(
+        self,
+        rows: list[dict[str, Any]],
+        records: list[dict[str, Any]],
+        index: int,
+        put: Callable[[tuple[str, bytes]], None],
+    ) -> None:
+        """Put the shard's latents, a file per shape, and tell each record where its own are."""
+        if self.encoder is None:
+            return
+        shapes: dict[tuple[int, ...], list[tuple[dict[str, Any], NDArray[Any]]]] = {}
+        for row, record in zip(rows, records, strict=True):
+            if row["status"] == "ok" and row["latents_data"] is not None:
+                latents = unpack(row["latents_data"])
+                shapes.setdefault(latents.shape, []).append((record, latents))
+        for (channels, height, width), members in sorted(shapes.items()):
+            head = replace(self.encoder, shape=(channels, height, width), dtype=members[0][1].dtype.name)
+            data = write_latents(head, [record for record, _ in members], [latents for _, latents in members])
+            uri, _ = self._name("data", index, f"{width}x{height}", data, "parquet")
+            put((uri, data))
+            for i, (record, latents) in enumerate(members):
+                body = latents.tobytes()
+                record |= {
+                    "uri": uri,
+                    "latents_row": i,
+                    "latents_shape": list(latents.shape),
+                    "sha256": hashlib.sha256(body).hexdigest(),
+                    "num_bytes": len(body),
+                    "format": "latents",
+                }
 
     def _encode(self, pixels: NDArray[np.uint8], record: dict[str, Any]) -> bytes:
         height, width = pixels.shape[:2]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from ldm_ops.decode import Decode
+from ldm_ops.encode import Encode
 from ldm_ops.img2img import Img2Img
 from ldm_ops.inpaint import Inpaint
 from ldm_ops.op import Op
@@ -24,6 +26,7 @@ ROW_PARAMETERS = (
     "strength",
     "image",
     "mask_image",
+    "latents",
 )
 """Columns of a table that may set a parameter of their row, in the order of `PlannedRow.values`."""
 
@@ -67,6 +70,24 @@ class ImageInput(BaseModel):
     width: int | None = Field(None, ge=8, description="px; the image's own where left out")
 
 
+class Buckets(ImageInput):
+    """How images of any shape become a few shapes of about the same area, as trainings on SDXL and later do."""
+
+    resolution: int | None = Field(
+        None, ge=16, le=16384, description="px; every image gets the bucket of at most resolution² nearest to its shape"
+    )
+    bucket_multiple: int = Field(64, ge=8, le=1024, description="sides of buckets are multiples of it")
+    max_aspect_ratio: float = Field(2.0, ge=1, le=16, description="of a bucket's longer side to its shorter")
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Buckets:
+        if self.resolution is not None and (self.height or self.width or self.resize):
+            raise ValueError("resolution makes buckets; leave height, width and resize out")
+        if self.resolution is not None and self.resolution < self.bucket_multiple:
+            raise ValueError(f"resolution {self.resolution} is less than bucket_multiple {self.bucket_multiple}")
+        return self
+
+
 class Background(BaseModel):
     """What shows through transparent pixels."""
 
@@ -103,13 +124,29 @@ class UpscaleStage(Pool, Background, Upscale):
     op_class: ClassVar[type[Op]] = Upscale
 
 
-AnyStage = Txt2ImgStage | Img2ImgStage | InpaintStage | UpscaleStage
+class EncodeStage(Pool, Buckets, Background, Encode):
+    """Image → latents."""
+
+    op: Literal["encode"]
+    op_class: ClassVar[type[Op]] = Encode
+
+
+class DecodeStage(Pool, Decode):
+    """Latents → image."""
+
+    op: Literal["decode"]
+    op_class: ClassVar[type[Op]] = Decode
+
+
+AnyStage = Txt2ImgStage | Img2ImgStage | InpaintStage | UpscaleStage | EncodeStage | DecodeStage
 Stage = Annotated[AnyStage, Field(discriminator="op")]
 STAGES: dict[str, type[AnyStage]] = {
     "txt2img": Txt2ImgStage,
     "img2img": Img2ImgStage,
     "inpaint": InpaintStage,
     "upscale": UpscaleStage,
+    "encode": EncodeStage,
+    "decode": DecodeStage,
 }
 SCALES = {"upscale": 4}
 """How much larger a stage's picture is than its image, per side."""
@@ -118,7 +155,9 @@ SCALES = {"upscale": 4}
 def row_parameters(stage: AnyStage) -> frozenset[str]:
     """The columns that set a parameter of `stage`, where it is a job's first; `height` and `width` among them."""
     own = {name for name in ("height", "width") if name in type(stage).model_fields}
-    return (stage.reads & frozenset(ROW_PARAMETERS)) | own
+    # Latents keep their captions, which a training joins to their embeddings.
+    captions = {"prompt"} if stage.op in ("encode", "decode") else set()
+    return (stage.reads & frozenset(ROW_PARAMETERS)) | own | captions
 
 
 def output_settings(stage: AnyStage, first: bool) -> dict[str, Any]:

@@ -36,10 +36,11 @@ class Place:
             row = {name: planned[name] for name in ROW_PARAMETERS}
         else:
             row = {name: getattr(self.stage, name, None) for name in ROW_PARAMETERS}
-            row["prompt"] = self.stage.prompt if self.stage.prompt is not None else planned["prompt"]
+            row["prompt"] = row["prompt"] if row["prompt"] is not None else planned["prompt"]
             row["seed"] = derived_seed(planned["seed"], f"stage {self.index}", 0)
         row["image"] = None if planned["pixels"] is None else unpack(planned["pixels"])
         row["mask_image"] = None if planned["mask_pixels"] is None else unpack(planned["mask_pixels"])
+        row["latents"] = None if planned["latents_data"] is None else unpack(planned["latents_data"])
         if self.index and self.loader is not None:
             row["image"] = self.loader.fit(row["image"], row["height"], row["width"])
         return row
@@ -115,7 +116,7 @@ class Worker:
         if result["status"] == "ok":
             # Null while there is a stage to come.
             done["status"] = "ok" if self.place.is_last else None
-            done["intermediates"] = [*(before["intermediates"] or ()), *result["intermediates"]]
+            done["intermediates"] = [*(before["intermediates"] or ()), *result.get("intermediates", ())]
             if stage.keep:
                 done["kept"] = [*(before["kept"] or ()), {"stage": self.place.index, "pixels": result["pixels"]}]
             if before["nsfw"]:
@@ -155,6 +156,9 @@ def make(op: Op, model: Any, rows: Sequence[Row], size: int) -> list[dict[str, A
 
 def success(output: dict[str, Any]) -> dict[str, Any]:
     """An op's output as results; a picture that the policy rejects is `filtered`."""
+    if "latents" in output:
+        data = pack(output["latents"])
+        return {"status": "ok", "pixels": None, "latents_data": data, "flipped": output["flipped"]}
     image = output["image"]
     if image is None:
         return {"status": "filtered", "nsfw": output["nsfw"], "error_type": "safety.rejected"}

@@ -44,8 +44,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(out: Path, source: dict[str, Any], *stages: dict[str, Any], **fields: Any) -> Job:
-    common = {"num_inference_steps": 4, "batch_size": 2, "workers": 1}
-    data = {"source": source, "stages": [common | stage for stage in stages], "sink": {"path": str(out)}, **fields}
+    common = {"batch_size": 2, "workers": 1}
+    steps = {"num_inference_steps": 4}
+    listed = [common | (steps if stage["op"] != "decode" else {}) | stage for stage in stages]
+    data = {"source": source, "stages": listed, "sink": {"path": str(out)}, **fields}
     return parse_job(yaml.safe_dump(data))
 
 
