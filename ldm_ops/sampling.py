@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 SchedulerName = Annotated[str, AfterValidator(scheduler_name)]
 SafetyPolicy = Literal["off", "flag", "blank", "reject"]
+T5_TOKENS = 512
+"""What pipelines with a T5 give it at most; its tokenizer may know no limit."""
+
 ModelName = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -91,6 +94,10 @@ class Sampling(Op):
     safety_checker: SafetyPolicy | None = Field(
         None, description="what to do with a flagged picture; flag where the model has a checker, if left out"
     )
+    long_prompts: Literal["truncate", "error"] = Field(
+        "truncate",
+        description="of a prompt longer than the text encoder takes: cut it and record that, or fail the row",
+    )
     save_intermediates: int | None = Field(
         None, ge=1, description="keep the latents and a preview of every K-th denoising step"
     )
@@ -153,13 +160,17 @@ class Sampling(Op):
         """Make one picture per row.
 
         Returns, per row: `image`, uint8 (H, W, 3) or None where the policy rejects it; `nsfw`, bool or None where
-        nothing checks; `intermediates`, a list of (step, latents (C, H/8, W/8), preview uint8 (H, W, 3)).
+        nothing checks; `prompt_truncated`, bool; `intermediates`, a list of (step, latents (C, H/8, W/8), preview uint8
+        (H, W, 3)).
 
         Raises:
             RowRefused: a picture with NaN, or a row that asks for what the pipeline does not take.
         """
         import torch
 
+        truncated = [too_long(model.pipe, row["prompt"]) for row in rows]
+        if self.long_prompts == "error" and any(truncated):
+            raise RowRefused("prompt.too_long", "the prompt has more tokens than the text encoder takes")
         kept = Kept(self.save_intermediates) if self.save_intermediates else None
         name = rows[0]["scheduler"] or model.scheduler_name
         model.pipe.scheduler = make_scheduler(name, dict(model.scheduler_config))
@@ -179,7 +190,14 @@ class Sampling(Op):
                 (step, latents[i].float().cpu().numpy(), preview[i])
                 for step, latents, preview in (zip(kept.steps, kept.latents, previews, strict=True) if kept else ())
             ]
-            outputs.append({"image": image, "nsfw": nsfw, "intermediates": [] if hidden else steps})
+            outputs.append(
+                {
+                    "image": image,
+                    "nsfw": nsfw,
+                    "prompt_truncated": truncated[i],
+                    "intermediates": [] if hidden else steps,
+                }
+            )
         return outputs
 
     def _arguments(self, model: Pipeline, rows: Sequence[Row], kept: Kept | None) -> dict[str, Any]:
@@ -214,6 +232,15 @@ class Sampling(Op):
         seen = seen.to(images_BCHW.device, next(model.checker.parameters()).dtype)
         _, flagged = model.checker(images=images_BCHW.clone(), clip_input=seen)
         return [bool(flag) for flag in flagged]
+
+
+def too_long(pipe: Any, prompt: str) -> bool:
+    """Whether every tokenizer of the pipeline has to cut the prompt; of several, one may let the rest through."""
+    tokenizers = [t for t in (getattr(pipe, f"tokenizer{n}", None) for n in ("", "_2", "_3")) if t is not None]
+    return bool(tokenizers) and all(
+        len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > min(tokenizer.model_max_length, T5_TOKENS)
+        for tokenizer in tokenizers
+    )
 
 
 def decode(pipe: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:

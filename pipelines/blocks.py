@@ -51,6 +51,7 @@ RESULT_FIELDS = [
     pa.field("flipped", pa.bool_()),
     *(pa.field(name, pa.int32()) for name in GEOMETRY),
     pa.field("nsfw", pa.bool_()),
+    pa.field("prompt_truncated", pa.bool_()),
     pa.field(
         "intermediates", pa.list_(pa.struct([("step", pa.int32()), ("latents", pa.binary()), ("preview", pa.binary())]))
     ),

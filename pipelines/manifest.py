@@ -63,6 +63,7 @@ SCHEMA = pa.schema(
         pa.field("latents_row", pa.int32()),
         pa.field("latents_shape", pa.list_(pa.int32())),
         pa.field("nsfw", pa.bool_()),
+        pa.field("prompt_truncated", pa.bool_()),
         pa.field("intermediates", pa.list_(INTERMEDIATE)),
         pa.field("stages", pa.list_(STAGE)),
         pa.field("batch_size", pa.int32()),

@@ -166,6 +166,7 @@ def success(output: dict[str, Any]) -> dict[str, Any]:
         "status": "ok",
         "pixels": pack(image),
         "nsfw": output["nsfw"],
+        "prompt_truncated": output.get("prompt_truncated"),
         "intermediates": [
             {"step": step, "latents": pack(latents), "preview": pack(preview)}
             for step, latents, preview in output["intermediates"]

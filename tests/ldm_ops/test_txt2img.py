@@ -179,3 +179,15 @@ def test_noise_of_a_seed_is_the_same_on_the_gpu(tiny_model: Path) -> None:
         op = Txt2Img(model="x", device=device, dtype="fp32")
         pictures.append(op.run(op.load(tiny_model), [row(seed=5)])[0]["image"].astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_a_prompt_that_is_cut_says_so_or_fails(tiny_model: Path) -> None:
+    long = "a large red circle on a white background " * 8
+    op = Txt2Img(model="x")
+    model = op.load(tiny_model)
+    made = op.run(model, [row(), row(long), row(long + "and a blue star")])
+    assert [out["prompt_truncated"] for out in made] == [False, True, True]
+    assert np.array_equal(made[1]["image"], made[2]["image"])
+    with pytest.raises(RowRefused, match="more tokens than the text encoder takes") as caught:
+        Txt2Img(model="x", long_prompts="error").run(model, [row(), row(long)])
+    assert caught.value.kind == "prompt.too_long"
