@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,12 +43,13 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if started:
         reach(address)
         try:
-            ray.init(
-                address=address,
-                include_dashboard=False if address is None else None,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            with _quiet_stderr():
+                ray.init(
+                    address=address,
+                    include_dashboard=False if address is None else None,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             at = f"--address {address}: " if address else ""
@@ -60,6 +62,20 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Ray's C++ core announces on stderr that it was told to be quiet; what goes wrong comes as an exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a descriptor, no file
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def reach(address: str | None) -> None:

@@ -1,10 +1,10 @@
 """Train `builtin:shapes` from nothing: `python -m ldm_ops.builtin.train_shapes OUT`.
 
-Five steps; each leaves its result in OUT, so each can be run alone with `--only`: the autoencoder; the text encoder
-with the U-Net on cached latents; the decoder alone; the U-Net again, at a lower rate and on fresh pictures; the export
-to fp16 safetensors in diffusers' layout. Seeded; hours on two CPU cores, minutes on a GPU. The recipe follows the
-latent diffusion paper (Rombach et al. 2022, arXiv:2112.10752): KL-regularised autoencoder, latents rescaled by their
-component-wise standard deviation, classifier-free guidance by dropping captions.
+Six steps; each leaves its result in OUT, so each can be run alone with `--only`: the autoencoder; the text encoder
+with the U-Net on cached latents; the decoder alone; the U-Net twice more, at lower rates and on fresh pictures; the
+export to fp16 safetensors in diffusers' layout. Seeded; some three hours on two CPU cores, minutes on a GPU. The recipe
+follows the latent diffusion paper (Rombach et al. 2022, arXiv:2112.10752): KL-regularised autoencoder, latents rescaled
+by their component-wise standard deviation, classifier-free guidance by dropping captions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 
 from ldm_ops.builtin.training.autoencoder import train_decoder, train_vae
-from ldm_ops.builtin.training.denoiser import train_unet
+from ldm_ops.builtin.training.denoiser import FINISH, FIRST, POLISH, train_unet
 
 
 def export(out: Path, target: Path) -> None:
@@ -41,13 +41,14 @@ def forget_paths(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", choices=("vae", "unet", "decoder", "finish", "export"))
+    parser.add_argument("--only", choices=("vae", "unet", "decoder", "finish", "polish", "export"))
     parser.add_argument("--vae-steps", type=int, default=7000)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--unet-steps", type=int, default=12_000)
     parser.add_argument("--unet-batch", type=int, default=64)
-    parser.add_argument("--decoder-steps", type=int, default=2500)
-    parser.add_argument("--finish-steps", type=int, default=12_000)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--finish-steps", type=int, default=11_000)
+    parser.add_argument("--polish-steps", type=int, default=3500)
     parser.add_argument("--cache", type=int, default=60_000, help="captioned pictures drawn and encoded once")
     parser.add_argument("--target", type=Path, default=Path(__file__).parent / "shapes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -58,11 +59,13 @@ def main() -> None:
     if args.only in (None, "vae"):
         train_vae(args.out, args.vae_steps, args.vae_batch, device)
     if args.only in (None, "unet"):
-        train_unet(args.out, args.unet_steps, args.unet_batch, args.cache, 1e-3, device, resume=False)
+        train_unet(args.out, args.unet_steps, args.unet_batch, args.cache, FIRST, device)
     if args.only in (None, "decoder"):
         train_decoder(args.out, args.decoder_steps, args.vae_batch, device)
     if args.only in (None, "finish"):
-        train_unet(args.out, args.finish_steps, args.unet_batch, args.cache, 6e-4, device, resume=True)
+        train_unet(args.out, args.finish_steps, args.unet_batch, args.cache, FINISH, device)
+    if args.only in (None, "polish"):
+        train_unet(args.out, args.polish_steps, args.unet_batch, args.cache, POLISH, device)
     if args.only in (None, "export"):
         export(args.out, args.target)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +30,41 @@ log = logging.getLogger("train_shapes")
 
 TEXT_WIDTH = 128
 UNET_CHANNELS = (128, 192)
-DROP_CAPTION, DROP_POSITION, DROP_SIZE, DROP_BACKGROUND = 0.10, 0.15, 0.08, 0.04
+DROP_CAPTION = 0.10
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training: its seed and peak learning rate, and how often a word is left out of a caption.
+
+    `resume` goes on from OUT/pipeline, with fresh pictures and small shapes and stars more often.
+    """
+
+    seed: int
+    peak: float
+    drop_position: float
+    drop_size: float
+    drop_background: float
+    resume: bool
+
+
+FIRST = Phase(seed=5, peak=1e-3, drop_position=0.40, drop_size=0.08, drop_background=0.04, resume=False)
+FINISH = Phase(seed=50, peak=6e-4, drop_position=0.15, drop_size=0.08, drop_background=0.04, resume=True)
+# Words left out more often, so that a colour and a shape are learned apart from the company that they mostly keep.
+POLISH = Phase(seed=51, peak=4e-4, drop_position=0.15, drop_size=0.25, drop_background=0.20, resume=True)
 
 
 @torch.inference_mode()
 def cache_latents(
-    vae: AutoencoderKL, captions: list[Caption], count: int, seed: int, device: torch.device
+    vae: AutoencoderKL, captions: list[Caption], count: int, phase: Phase, device: torch.device
 ) -> tuple[list[Caption], Tensor]:
     """`count` captioned pictures, and the mean and deviation of their latents (count, 2·C, 8, 8) in fp16."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(phase.seed)
+    draw_some = choose_hard if phase.resume else choose
     vae = vae.to(device, memory_format=torch.channels_last)
     chosen, moments = [], []
     for _ in range(count // 100):
-        batch = choose_hard(captions, rng, 100)
+        batch = draw_some(captions, rng, 100)
         images = pictures(batch, rng, device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(images).latent_dist
@@ -50,13 +73,13 @@ def cache_latents(
     return chosen, torch.cat(moments)
 
 
-def wording(caption: Caption, rng: np.random.Generator) -> str:
+def wording(caption: Caption, rng: np.random.Generator, phase: Phase) -> str:
     """The caption as a person may type it: words left out now and then, all of them for guidance."""
     if rng.random() < DROP_CAPTION:
         return ""
-    size = "" if rng.random() < DROP_SIZE else caption.size + " "
-    where = f" {caption.position}" if caption.position and rng.random() >= DROP_POSITION else ""
-    paper = "" if rng.random() < DROP_BACKGROUND else f" on a {caption.background} background"
+    size = "" if rng.random() < phase.drop_size else caption.size + " "
+    where = f" {caption.position}" if caption.position and rng.random() >= phase.drop_position else ""
+    paper = "" if rng.random() < phase.drop_background else f" on a {caption.background} background"
     return f"a {size}{caption.color} {caption.shape}{where}{paper}"
 
 
@@ -150,16 +173,13 @@ def assemble(
     return pipe
 
 
-def train_unet(
-    out: Path, steps: int, batch_size: int, cache: int, peak: float, device: torch.device, *, resume: bool
-) -> None:
-    """Train from nothing on OUT/vae, or (`resume`) go on from OUT/pipeline with fresh pictures."""
-    seed = 50 if resume else 5
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+def train_unet(out: Path, steps: int, batch_size: int, cache: int, phase: Phase, device: torch.device) -> None:
+    """Train from nothing on OUT/vae, or go on from OUT/pipeline."""
+    torch.manual_seed(phase.seed)
+    rng = np.random.default_rng(phase.seed)
     train, _ = split()
     tokenizer = write_tokenizer(out / "tokenizer")
-    if resume:
+    if phase.resume:
         vae = AutoencoderKL.from_pretrained(out / "pipeline" / "vae").to(device).eval()
         encoder = CLIPTextModel.from_pretrained(out / "pipeline" / "text_encoder").to(device)
         unet = UNet2DConditionModel.from_pretrained(out / "pipeline" / "unet")
@@ -172,7 +192,7 @@ def train_unet(
     unet = unet.to(device, memory_format=torch.channels_last)
     encoder.train()
     unet.train()
-    captions, moments = cache_latents(vae, train, cache, seed, device)
+    captions, moments = cache_latents(vae, train, cache, phase, device)
     log.info("cached %d latents, std %.3f", len(captions), moments[:, :LATENT_CHANNELS].float().std().item())
     log.info(
         "unet %.1f M, text encoder %.1f M parameters",
@@ -181,13 +201,13 @@ def train_unet(
     live = nn.ModuleList([unet, encoder])
     smooth = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call]
     average = torch.optim.swa_utils.AveragedModel(live, multi_avg_fn=smooth, use_buffers=True)
-    optimizer = torch.optim.AdamW(live.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(live.parameters(), lr=phase.peak, betas=(0.9, 0.99), weight_decay=1e-2)
     alphas = noise_scheduler().alphas_cumprod.to(device)
     start = time.monotonic()
     running = 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, steps, phase.peak)
         chosen = rng.integers(0, len(captions), batch_size)
         mean, std = moments[chosen].float().chunk(2, 1)
         latents_BCHW = mean + std * torch.randn_like(mean)
@@ -201,7 +221,7 @@ def train_unet(
         a, s = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
         noisy_BCHW = (a * latents_BCHW + s * noise_BCHW).contiguous(memory_format=torch.channels_last)
         target_BCHW = a * noise_BCHW - s * latents_BCHW
-        texts = [wording(captions[i], rng) for i in chosen]
+        texts = [wording(captions[i], rng, phase) for i in chosen]
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             states = encoder(tokens).last_hidden_state
