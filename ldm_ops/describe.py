@@ -11,7 +11,11 @@ from pydantic import BaseModel
 
 from ldm_ops.schedulers import is_flow, scheduler_name
 
-UPSCALERS = ("LDMSuperResolutionPipeline", "StableDiffusionUpscalePipeline")
+PLAIN_UPSCALER = "LDMSuperResolutionPipeline"
+"""The upscaler that knows the image alone."""
+
+UPSCALERS = (PLAIN_UPSCALER, "StableDiffusionUpscalePipeline")
+DEFAULT_SCALE = 0.18215  # diffusers' own for an AutoencoderKL that states none, as the first ones do
 AUTOENCODES = frozenset({"encode", "decode"})
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -104,7 +108,7 @@ def describe(folder: Path) -> ModelFacts:
         flow_matching=is_flow(scheduler),
         has_safety_checker="safety_checker" in components,
         ops=_ops(pipeline, vae),
-        latent_scale=vae.get("scaling_factor") or 1.0,
+        latent_scale=vae.get("scaling_factor") or DEFAULT_SCALE,
         latent_shift=vae.get("shift_factor") or 0.0,
         latent_factor=factor,
     )
@@ -131,7 +135,7 @@ def _autoencoder(folder: Path, config: dict[str, Any]) -> ModelFacts:
         flow_matching=False,
         has_safety_checker=False,
         ops=AUTOENCODES,
-        latent_scale=config.get("scaling_factor") or 1.0,
+        latent_scale=config.get("scaling_factor") or DEFAULT_SCALE,
         latent_shift=config.get("shift_factor") or 0.0,
         latent_factor=factor,
     )

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 SchedulerName = Annotated[str, AfterValidator(scheduler_name)]
 SafetyPolicy = Literal["off", "flag", "blank", "reject"]
-T5_TOKENS = 512
-"""What pipelines with a T5 give it at most; its tokenizer may know no limit."""
-
 ModelName = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -237,8 +234,11 @@ class Sampling(Op):
 def too_long(pipe: Any, prompt: str) -> bool:
     """Whether every tokenizer of the pipeline has to cut the prompt; of several, one may let the rest through."""
     tokenizers = [t for t in (getattr(pipe, f"tokenizer{n}", None) for n in ("", "_2", "_3")) if t is not None]
+    # What the pipeline gives a T5 at most, whatever its tokenizer says.
+    asked = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    most = asked.default if asked is not None and isinstance(asked.default, int) else 512
     return bool(tokenizers) and all(
-        len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > min(tokenizer.model_max_length, T5_TOKENS)
+        len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > min(tokenizer.model_max_length, most)
         for tokenizer in tokenizers
     )
 

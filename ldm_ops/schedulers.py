@@ -41,6 +41,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Short name → (diffusers class, settings on top of the model's own)."""
 
 
+PLAIN = frozenset(
+    {
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "PNDMScheduler",
+        "SASolverScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+
+
 def _plain(name: str) -> str:
     return name.lower().replace(" ", "_").replace("-", "_").replace("euler_ancestral", "euler_a")
 
@@ -66,6 +80,11 @@ def scheduler_name(name: str) -> str:
 def is_flow(name: str) -> bool:
     """Whether the scheduler is for flow-matching models (SD3, FLUX, …) and no others."""
     return SCHEDULERS.get(name, (name, {}))[0].startswith("FlowMatch")
+
+
+def is_plain(name: str) -> bool:
+    """Whether the sampler takes latents as they are (`scale_model_input` does nothing)."""
+    return SCHEDULERS.get(name, (name, {}))[0] in PLAIN
 
 
 def make_scheduler(name: str, model_config: dict[str, Any]) -> Any:

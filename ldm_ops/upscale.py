@@ -13,27 +13,13 @@ from ldm_ops.describe import UPSCALERS
 from ldm_ops.op import Row, RowRefused
 from ldm_ops.pixels import from_uint8
 from ldm_ops.sampling import Kept, Pipeline, Sampling
+from ldm_ops.schedulers import is_plain
 from ldm_ops.tiles import tile_decoder, tile_unet
 
 if TYPE_CHECKING:
     import torch
 
 SCALE = 4
-
-PLAIN_SCHEDULERS = frozenset(
-    {
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "PNDMScheduler",
-        "SASolverScheduler",
-        "UniPCMultistepScheduler",
-    }
-)
-"""Samplers that take latents as they are. LDMSuperResolutionPipeline (diffusers 0.42) lets a sampler scale the image
-that stands beside the latents too, so that those that do (Euler, LMS, Heun) spoil it."""
 
 
 class Upscale(Sampling):
@@ -87,14 +73,16 @@ class Upscale(Sampling):
         return model
 
     def _arguments(self, model: Pipeline, rows: Sequence[Row], kept: Kept | None) -> dict[str, Any]:
-        arguments = super()._arguments(model, rows, kept)
         if "prompt" in model.accepts:
-            return arguments
+            return super()._arguments(model, rows, kept)
         name = type(model.pipe.scheduler).__name__
-        if name not in PLAIN_SCHEDULERS:
+        if not is_plain(name):
+            # LDMSuperResolutionPipeline (diffusers 0.42) lets a sampler scale the image beside the latents too.
             raise RowRefused(
                 "model.unsupported", f"{name} does not fit {type(model.pipe).__name__}; use ddim, or leave it out"
             )
+        # A pipeline that knows no prompts knows no negative ones either.
+        arguments = super()._arguments(model, [{**row, "negative_prompt": ""} for row in rows], kept)
         return {name: value for name, value in arguments.items() if name in model.accepts}
 
     def _inputs(self, model: Pipeline, rows: Sequence[Row]) -> dict[str, Any]:

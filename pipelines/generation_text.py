@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from PIL import Image
@@ -39,6 +38,9 @@ SAMPLERS = {
 _FIELD = re.compile(r'\s*([A-Za-z][\w ./-]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _USER_COMMENT, _EXIF_IFD = 0x9286, 0x8769
 
+MAX_EXIF_CHARS = 16_000
+"""A JPEG segment has at most 64 KiB, and a character of UTF-16 up to four bytes."""
+
 XMP = (
     b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
@@ -60,8 +62,6 @@ def describe(row: Mapping[str, Any], width: int, height: int) -> str:
         "Seed": row["seed"],
         "Size": f"{width}x{height}",
         "Model hash": row["model_revision"],
-        # Not the whole path, which tells about somebody's machine.
-        "Model": PurePath(row["model"]).name.removeprefix("builtin:"),
         "Denoising strength": _number(row["strength"]),
     }
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items() if value is not None))
@@ -139,7 +139,8 @@ def read(image: Image.Image) -> str | None:
 
 
 def exif(text: str) -> bytes:
-    """An EXIF block whose user comment is `text`."""
+    """An EXIF block whose user comment is `text`, cut where JPEG has no room for more."""
+    text = text[:MAX_EXIF_CHARS]
     block = Image.Exif()
     block.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
     return block.tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -30,8 +31,10 @@ def holds_images(path: str) -> bool:
     return suffix in IMAGE_SUFFIXES or (not is_local(path) and not suffix and not any(c in path for c in "*?["))
 
 
-def list_images(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
+def list_images(path: str, storage_options: dict[str, Any], alone: bool = True) -> Iterator[Chunk]:
     """A row per image under a folder, URL or pattern: `image` and `id` are its path below the root. Opens no file.
+
+    Where several paths are listed (`alone` is false) ids begin with the path.
 
     Raises:
         JobError: there is none.
@@ -42,20 +45,22 @@ def list_images(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
     named = ((name, version) for name, version in listing if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
     while block := list(islice(named, CHUNK_ROWS)):
         names = [name for name, _ in block]
-        versions = [version for _, version in block]
-        yield Chunk(path, first, len(block), {"id": names, "image": list(names)}, base=base, versions=versions)
+        ids = names if alone else [f"{path.rstrip('/')}/{name}" for name in names]
+        # A store's listing tells versions; local files are looked at when the row is planned.
+        versions = None if is_local(path) else [f"{base}/{name} {version}" for name, version in block]
+        yield Chunk(path, first, len(block), {"id": ids, "image": names}, base=base or ".", versions=versions)
         first += len(block)
     if first == 1:
         raise JobError(f"source.path {path}: no image there ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path")
 
 
-def read_parameters(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
+def read_parameters(path: str, storage_options: dict[str, Any], alone: bool = True) -> Iterator[Chunk]:
     """As `list_images`, with the prompt and the parameters that each picture carries. Decodes no pixel.
 
     Raises:
         JobError: a picture carries none.
     """
-    for chunk in list_images(path, storage_options):
+    for chunk in list_images(path, storage_options, alone):
         store = Store(chunk.base or ".", storage_options)
 
         def one(name: str, store: Store = store) -> dict[str, Any]:
@@ -66,8 +71,8 @@ def read_parameters(path: str, storage_options: dict[str, Any]) -> Iterator[Chun
                 return {}
 
         with ThreadPoolExecutor(READERS) as pool:
-            rows = list(pool.map(one, chunk.columns["id"]))
-        for name, row in zip(chunk.columns["id"], rows, strict=True):
+            rows = list(pool.map(one, chunk.columns["image"]))
+        for name, row in zip(chunk.columns["image"], rows, strict=True):
             if not row:
                 raise JobError(
                     f"source.path {store.uri(name)}: the picture does not say how it was made (no `parameters` text); "
@@ -88,11 +93,11 @@ def _text(store: Store, name: str) -> str | None:
             Image.open(file, formats=FORMATS) as image,
         ):
             return generation_text.read(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, struct.error):
         return None
 
 
-def read_earlier(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
+def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True) -> Iterator[Chunk]:
     """The pictures that an earlier run made, its `ok` rows, with their prompts and what passed through.
 
     Raises:
@@ -102,15 +107,17 @@ def read_earlier(path: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
     rows = [row for row in table.to_pylist() if row["status"] == "ok"]
     if not rows:
         raise JobError(f"source.path {path}: no picture of an earlier run there; give the output folder of a job")
-    own = {"id", "prompt", "negative_prompt"}
+    own = {"prompt", "negative_prompt"}
+    ids = [row["id"] for row in rows]
+    # An output that was extended, or a table without ids, has rows that no id tells apart.
+    told_apart = alone and len({*ids} - {None}) == len(ids)
     passed = [name for name in table.column_names if name not in SCHEMA.names] + sorted(own)
     for first in range(0, len(rows), CHUNK_ROWS):
         block = rows[first : first + CHUNK_ROWS]
         columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in passed}
         columns["image"] = [row["uri"] for row in block]
         columns["latents"] = [None if r["latents_row"] is None else f"{r['uri']}#{r['latents_row']}" for r in block]
-        # Several rows of one table may share their missing id; a key is one row's alone.
-        columns["id"] = [row["id"] or row["key"] for row in block]
+        columns["id"] = [row["id"] if told_apart else row["key"] for row in block]
         versions = [row["sha256"] for row in block]
         base = path.removeprefix("file://").rstrip("/")
         yield Chunk(path, first + 1, len(block), columns, base=base, versions=versions)

@@ -5,21 +5,23 @@ Runs on the CPU before the model's worker. What is wrong with an image is its ro
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from pipelines.errors import StorageError
+from pipelines.references import split
 from pipelines.stages import Resize
-from pipelines.storage import Store
+from pipelines.storage import Store, is_local
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 """What is decoded. Not EPS or PSD and the like, whatever a file's name says: their decoders are too mighty."""
@@ -28,7 +30,8 @@ Pixels = NDArray[np.uint8]
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 128 << 20
-FETCHES = 8
+MAX_SIDE = 16384
+FETCHES = 4
 
 
 class BadImage(ValueError):
@@ -77,51 +80,69 @@ class Loader:
 
     def _one(self, row: Mapping[str, Any]) -> Loaded | BadImage:
         try:
-            image = decode(self.fetch(row["image"]), self.background)
+            data = self.fetch(row["image"])
+            if is_local(row["image"]) and row["image_version"] not in (None, hashlib.sha256(data).hexdigest()):
+                raise BadImage("image.changed", "the image is another than when the plan was made; run again")
+            image = decode(data, self.background)
             mask = self._mask(row["mask_image"], image.size) if "mask_image" in self.takes else None
-            target = self._target(image.size, row["height"], row["width"])
-            top, left = self._corner(image.size, target)
-            return Loaded(
-                image=np.asarray(self._fit(image, target, "image")),
-                mask_image=None if mask is None else np.asarray(self._fit(mask, target, "mask_image")),
-                original_height=image.height,
-                original_width=image.width,
-                crop_top=top,
-                crop_left=left,
-            )
+            return self._cut(image, mask, row["height"], row["width"])
         except BadImage as error:
             where = str(row["image"])
             return error if where in str(error) else BadImage(error.kind, f"{where}: {error}")
 
-    def fit(self, pixels: Pixels, height: int | None, width: int | None) -> Pixels:
+    def fit(self, pixels: Pixels, height: int | None, width: int | None) -> Loaded:
         """A picture of the stage before, brought to what this one takes.
 
         Raises:
             BadImage: the policy is `exact`, and it is not.
         """
-        image = Image.fromarray(pixels)
-        return np.asarray(self._fit(image, self._target(image.size, height, width), "image"))
+        return self._cut(Image.fromarray(pixels), None, height, width)
+
+    def _cut(self, image: Image.Image, mask: Image.Image | None, height: int | None, width: int | None) -> Loaded:
+        policy = self.resize or ("fill" if height or width else "nearest_multiple")
+        target = self._target(image.size, policy, height, width)
+        if max(target) > MAX_SIDE or target[0] * target[1] > MAX_PIXELS:
+            raise BadImage(
+                "image.size", f"{image.width} × {image.height} would become {target[0]} × {target[1]}; set other sizes"
+            )
+        cuts = bool(self.buckets) or policy == "fill"
+        scale = max(target[0] / image.width, target[1] / image.height)
+        return Loaded(
+            image=np.asarray(_resized(image, target, cuts, Image.Resampling.LANCZOS)),
+            # A mask keeps its two values.
+            mask_image=None if mask is None else np.asarray(_resized(mask, target, cuts, Image.Resampling.NEAREST)),
+            original_height=image.height,
+            original_width=image.width,
+            crop_top=round((image.height * scale - target[1]) / 2) if cuts else 0,
+            crop_left=round((image.width * scale - target[0]) / 2) if cuts else 0,
+        )
 
     def fetch(self, where: str) -> bytes:
         """The bytes of one image.
 
         Raises:
-            BadImage: it is not there, too large, or the store refuses.
+            BadImage: it is not there, no file, or too large.
+            StorageError: the store does not answer or refuses; that is no fault of the row.
         """
-        folder, _, name = where.rpartition("/")
-        store = self.stores.setdefault(folder, Store(folder or "/", self.storage_options))
-        try:
-            if store.local is not None and (store.local / name).stat().st_size > MAX_BYTES:
-                raise BadImage("image.too_large", f"{where}: more than {MAX_BYTES >> 20} MiB; make it smaller")
-            data = store.read(name)
-        except FileNotFoundError:
-            data = None
-        except (StorageError, OSError) as error:
-            raise BadImage("image.unreadable", str(error)) from None
+        root, name = split(where)
+        too_large = BadImage("image.too_large", f"{where}: more than {MAX_BYTES >> 20} MiB; make it smaller")
+        data: bytes | None
+        if is_local(where):
+            path = Path(root) / name
+            try:
+                if path.stat().st_size > MAX_BYTES:
+                    raise too_large
+                data = path.read_bytes()
+            except FileNotFoundError:
+                data = None
+            except (IsADirectoryError, PermissionError) as error:
+                raise BadImage("image.unreadable", f"{where}: {error.strerror}") from None
+        else:
+            data = self.stores.setdefault(root, Store(root, self.storage_options)).read(name)
         if data is None:
             raise BadImage("image.missing", f"{where}: no such image")
         if len(data) > MAX_BYTES:
-            raise BadImage("image.too_large", f"{where}: more than {MAX_BYTES >> 20} MiB; make it smaller")
+            raise too_large
         if not data:
             raise BadImage("image.broken", f"{where}: an empty file")
         return data
@@ -145,7 +166,7 @@ class Loader:
             )
         return mask
 
-    def _target(self, size: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
+    def _target(self, size: tuple[int, int], policy: Resize, height: int | None, width: int | None) -> tuple[int, int]:
         """(width, height) that an image is brought to."""
         if self.buckets:
             shape = math.log(size[0] / size[1])
@@ -157,7 +178,6 @@ class Loader:
 
         if m == 1 and not (height or width):
             return size
-        policy = self.resize or ("fill" if height or width else "nearest_multiple")
         if policy == "exact":
             wanted = (width or size[0], height or size[1])
             if size != wanted or wanted[0] % m or wanted[1] % m:
@@ -174,22 +194,11 @@ class Loader:
             return near(size[0] * scale), near(size[1] * scale)
         return near(wide), near(high)
 
-    def _cuts(self) -> bool:
-        return bool(self.buckets) or self.resize in (None, "fill")
 
-    def _corner(self, size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-        """(top, left) of the middle cut, in pixels of the scaled image."""
-        if not self._cuts():
-            return 0, 0
-        scale = max(target[0] / size[0], target[1] / size[1])
-        return round((size[1] * scale - target[1]) / 2), round((size[0] * scale - target[0]) / 2)
-
-    def _fit(self, image: Image.Image, target: tuple[int, int], name: str) -> Image.Image:
-        if image.size == target:
-            return image
-        # A mask keeps its two values.
-        resample = Image.Resampling.NEAREST if name == "mask_image" else Image.Resampling.LANCZOS
-        return ImageOps.fit(image, target, resample) if self._cuts() else image.resize(target, resample)
+def _resized(image: Image.Image, target: tuple[int, int], cuts: bool, resample: Image.Resampling) -> Image.Image:
+    if image.size == target:
+        return image
+    return ImageOps.fit(image, target, resample) if cuts else image.resize(target, resample)
 
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float) -> tuple[tuple[int, int], ...]:
@@ -219,7 +228,8 @@ def decode(data: bytes, background: str) -> Image.Image:
                         "image.too_large", f"{width} × {height} pixels; at most {MAX_PIXELS >> 20} Mi pixels"
                     )
                 frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "JPEG":
+                # Many phones append a second picture to a JPEG (MPO); the first is the one that counts.
+                if frames > 1 and image.format not in ("JPEG", "MPO"):
                     raise BadImage("image.animated", f"{frames} frames; give a single image")
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image), background)

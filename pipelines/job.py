@@ -120,6 +120,10 @@ class Job(Section):
                 raise ValueError(
                     f"stages.{i}: {stage.op} cannot follow {before}; decode takes latents, all else images"
                 )
+            if i and getattr(stage, "num_images_per_prompt", 1) != 1:
+                raise ValueError(
+                    f"stages.{i}.num_images_per_prompt: only the first stage multiplies rows; leave it out"
+                )
             if stage.keep and stage.op == "encode":
                 raise ValueError(f"stages.{i}.keep: latents on the way are not kept; leave it out")
             if stage.keep and i == len(self.stages) - 1:

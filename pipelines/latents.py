@@ -10,6 +10,7 @@ for batch in DataLoader(dataset, batch_size=None, num_workers=2):
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,10 @@ from pipelines.manifest import read_manifest
 from pipelines.storage import Store
 
 WINDOW_GROUPS = 8
-"""Row groups whose rows are shuffled among each other, and read at a time."""
+"""Row groups whose rows are shuffled among each other, and read at a time; fewer where they are large."""
+
+WINDOW_BYTES = 512 << 20
+MAX_WORKERS = 256
 
 OPEN_FILES = 32
 READERS = 16
@@ -96,6 +100,8 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         raw: bool = False,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise JobError(f"batch_size {batch_size}; 1 or more")
         if not 0 <= rank < world_size:
             raise JobError(f"rank {rank} of world_size {world_size}; 0 to {world_size - 1}")
         self.store = Store(path, storage_options)
@@ -105,10 +111,14 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self.rank = rank
         self.world_size = world_size
         self.raw = raw
-        self.epoch = 0
-        self.num_done = 0
         self.buckets = find_buckets(self.store, storage_options)
+        # Shared with DataLoader's workers: the epoch and batch to begin with, then each worker's finished epochs.
+        self._state = torch.zeros(2 + MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._taken = 0
         self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._process = os.getpid()
+        # A connection that was opened here would not survive the fork of a worker.
+        self.store = Store(path, storage_options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -118,42 +128,53 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         return sum(self._batches(bucket) for bucket in self.buckets)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin `epoch` from its start."""
-        self.epoch, self.num_done = epoch, 0
+        """Begin `epoch` from its start; without it each pass is the next epoch."""
+        self.load_state_dict({"epoch": epoch, "num_batches": 0})
 
-    def state_dict(self, num_batches: int | None = None) -> dict[str, int]:
-        """Where this rank is. Under a DataLoader with workers, say how many batches the training has taken."""
-        return {"epoch": self.epoch, "num_batches": self.num_done if num_batches is None else num_batches}
+    def state_dict(self, num_taken: int | None = None) -> dict[str, int]:
+        """Where this rank is.
+
+        Under a DataLoader with workers, which read ahead, say how many batches the training has taken since this
+        dataset was made, or since `set_epoch` or `load_state_dict`.
+        """
+        epoch, begun = self._state[:2].tolist()
+        passes, num_batches = divmod(begun + (self._taken if num_taken is None else num_taken), max(1, len(self)))
+        return {"epoch": epoch + passes, "num_batches": num_batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches that `state` counts, with as many workers as then."""
-        self.epoch, self.num_done = state["epoch"], state["num_batches"]
+        self._state.zero_()
+        self._state[0], self._state[1] = state["epoch"], state["num_batches"]
+        self._taken = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        index, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        place, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        if count > MAX_WORKERS:
+            raise JobError(f"num_workers {count}; at most {MAX_WORKERS}")
+        finished = int(self._state[2 + place])
+        epoch = int(self._state[0]) + finished
         shares = [[self._share(bucket, w, count) for bucket in self.buckets] for w in range(count)]
         lengths = [sum(end - begin for begin, end in share) for share in shares]
-        taken, turn = _taken(self.num_done, lengths)
+        taken, turn = _taken(0 if finished else int(self._state[1]), lengths)
         # DataLoader begins with its first worker, who takes the part of the one whose turn it is.
-        index = (index + turn) % count
+        index = (place + turn) % count
         skip = taken[index]
         mine = shares[index]
         turns = np.repeat(np.arange(len(mine)), [end - begin for begin, end in mine])
         if self.shuffle:
-            turns = np.random.default_rng([self.seed, self.epoch, self.rank, index]).permutation(turns)
+            turns = np.random.default_rng([self.seed, epoch, self.rank, index]).permutation(turns)
         skipped = np.bincount(turns[:skip], minlength=len(mine))
         streams = [
-            self._stream(i, self.buckets[i], begin + int(skipped[i]), end) for i, (begin, end) in enumerate(mine)
+            self._stream(i, self.buckets[i], epoch, begin + int(skipped[i]), end) for i, (begin, end) in enumerate(mine)
         ]
         # Noise of a batch is a matter of its place, so that it is the same after a resume.
         for number, which in enumerate(turns[skip:].tolist(), skip):
-            noise_seed = [self.seed, self.epoch, self.rank, index, number, 1]
             if worker is None:
-                self.num_done = number + 1
+                self._taken += 1
+            noise_seed = [self.seed, epoch, self.rank, index, number, 1]
             yield self._batch(self.buckets[which].head, next(streams[which]), noise_seed)
-        if worker is None:
-            self.epoch, self.num_done = self.epoch + 1, 0
+        self._state[2 + place] = finished + 1
 
     def _batches(self, bucket: Bucket) -> int:
         return bucket.num_rows // self.batch_size // self.world_size
@@ -164,20 +185,21 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         first = own * self.rank
         return first + own * worker // num_workers, first + own * (worker + 1) // num_workers
 
-    def _stream(self, number: int, bucket: Bucket, begin: int, end: int) -> Iterator[pa.Table]:
+    def _stream(self, number: int, bucket: Bucket, epoch: int, begin: int, end: int) -> Iterator[pa.Table]:
         """The tables of batches `begin` to `end` of a bucket's order, window by window."""
-        rng = np.random.default_rng([self.seed, self.epoch, number, 2])
+        rng = np.random.default_rng([self.seed, epoch, number, 2])
         order = rng.permutation(len(bucket.groups)) if self.shuffle else np.arange(len(bucket.groups))
         first, last = begin * self.batch_size, end * self.batch_size
         place = 0
         rest: pa.Table | None = None
-        for window in range(0, len(order), WINDOW_GROUPS):
-            groups = [bucket.groups[i] for i in order[window : window + WINDOW_GROUPS]]
+        step = self._window(bucket)
+        for window in range(0, len(order), step):
+            groups = [bucket.groups[i] for i in order[window : window + step]]
             size = sum(group.num_rows for group in groups)
             low, high = max(first - place, 0), min(last - place, size)
             if low < high:
                 # Its own generator, so that those before it need not be drawn.
-                among = np.random.default_rng([self.seed, self.epoch, number, window, 3])
+                among = np.random.default_rng([self.seed, epoch, number, window, 3])
                 rows = (among.permutation(size) if self.shuffle else np.arange(size))[low:high]
                 table = self._read(groups, rows)
                 if rest is not None:
@@ -187,6 +209,12 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
                     yield table.slice(start, self.batch_size)
                 rest = table.slice(whole) if whole < table.num_rows else None
             place += size
+
+    def _window(self, bucket: Bucket) -> int:
+        """Row groups to hold at a time, such that all buckets together stay within WINDOW_BYTES."""
+        row_bytes = int(np.prod(bucket.head.shape)) * np.dtype(bucket.head.dtype).itemsize
+        group_bytes = row_bytes * max(group.num_rows for group in bucket.groups)
+        return int(min(WINDOW_GROUPS, max(1, WINDOW_BYTES // len(self.buckets) // group_bytes)))
 
     def _read(self, groups: list[Group], rows: Integers) -> pa.Table:
         """Rows of consecutive `groups`, by their number among all of these, in that order."""
@@ -202,6 +230,10 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         return table.take(pa.array(moved)) if self.shuffle else table.slice(int(moved[0]), len(moved))
 
     def _file(self, uri: str) -> pq.ParquetFile:
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._open = OrderedDict()
+            self.store = Store(self.store.url, self.store.storage_options)
         if uri in self._open:
             self._open.move_to_end(uri)
         else:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from ldm_ops.describe import ModelFacts
 from pipelines.blocks import GEOMETRY, MAX_MESSAGE_CHARS, pack, with_results
+from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
 from pipelines.plans import read_shard
@@ -17,7 +18,11 @@ from pipelines.storage import Store
 
 
 def image_loader(stage: AnyStage, facts: ModelFacts, storage_options: dict[str, Any]) -> Loader | None:
-    """How images come into `stage`; None where it takes none."""
+    """How images come into `stage`; None where it takes none.
+
+    Raises:
+        JobError: its buckets are none.
+    """
     if not isinstance(stage, Background):
         return None
     resize, multiple = (stage.resize, facts.size_multiple) if isinstance(stage, ImageInput) else (None, 1)
@@ -25,7 +30,16 @@ def image_loader(stage: AnyStage, facts: ModelFacts, storage_options: dict[str, 
     if isinstance(stage, Buckets) and stage.resolution is not None:
         step = math.lcm(stage.bucket_multiple, multiple)
         buckets = bucket_sizes(stage.resolution, step, stage.max_aspect_ratio)
+        if not buckets:
+            raise JobError(
+                f"resolution {stage.resolution}: no bucket of multiples of {step} has so few pixels within "
+                f"max_aspect_ratio {stage.max_aspect_ratio:g}; use a smaller bucket_multiple"
+            )
     return Loader(stage.reads, resize, multiple, stage.background, storage_options, buckets)
+
+
+FILES_HELD = 2
+"""Files of latents at a time; the plan sorts rows by where their latents lie."""
 
 
 class LoadShard:
@@ -59,6 +73,8 @@ class LoadShard:
         if uri not in files:
             folder, _, name = uri.rpartition("/")
             data = Store(folder, self.storage_options).read(name)
+            while len(files) >= FILES_HELD:
+                files.pop(next(iter(files)))
             try:
                 files[uri] = read_latents(data) if data is not None else NotLatents("there is no such file")
             except NotLatents as error:

@@ -26,6 +26,7 @@ from pipelines.chunk import Chunk
 from pipelines.commit import commit
 from pipelines.errors import JobError
 from pipelines.job import Job, digest
+from pipelines.loading import image_loader
 from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, same_settings
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
 from pipelines.source import read_source
@@ -58,6 +59,7 @@ OWN_FIELDS = [
     pa.field("image", pa.string()),
     pa.field("mask_image", pa.string()),
     pa.field("latents", pa.string()),
+    pa.field("image_version", pa.string()),
     pa.field("source_uri", pa.string()),
     pa.field("source_row", pa.int64()),
     pa.field("problem", pa.string()),
@@ -152,6 +154,11 @@ class _Planner:
                 raise JobError(
                     f"stages.{i}.safety_checker: {stage.model} has no safety checker; leave it out, or set off"
                 )
+            if i and stage.op == "decode" and self.models[i - 1][0].revision != self.models[i][0].revision:
+                raise JobError(
+                    f"stages.{i}.model: {stage.model} is not the model that stages.{i - 1} encodes with; give the same"
+                )
+            image_loader(stage, facts, {})
         self.resolver = Resolver(job, self.models)
         self.settings = {
             **job.output_settings(),
@@ -328,6 +335,7 @@ def _table(chunk: Chunk, rows: list[PlannedRow], used: set[str]) -> pa.Table:
         **{name: [row.values[i] for row in rows] for i, name in enumerate(ROW_PARAMETERS)},
         "source_uri": [chunk.uri] * len(rows),
         "source_row": [chunk.first_row + row.source_index for row in rows],
+        "image_version": [row.image_version for row in rows],
         "problem": [row.problem for row in rows],
     }
     arrays = [pa.array(columns[f.name], f.type) for f in OWN_FIELDS]
@@ -369,6 +377,8 @@ def _sorted(table: pa.Table) -> pa.Table:
         ("scheduler", "ascending"),
         ("strength", "descending"),
         ("negative", "ascending"),
+        # Latents that lie in one file are read together.
+        ("latents", "ascending"),
         ("key", "ascending"),
     ]
     indices = pc.sort_indices(table.append_column("negative", _has_negative(table)), sort_keys=[*order, *rest])

@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,13 +17,13 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ldm_ops.describe import ModelFacts
-from ldm_ops.schedulers import is_flow, scheduler_name
+from ldm_ops.describe import PLAIN_UPSCALER, ModelFacts
+from ldm_ops.schedulers import is_flow, is_plain, scheduler_name
 from pipelines.chunk import Chunk
 from pipelines.errors import JobError
 from pipelines.job import Job, digest
-from pipelines.stages import ROW_PARAMETERS, output_settings, row_parameters
-from pipelines.storage import is_local
+from pipelines.references import BadReference, References, box, locate
+from pipelines.stages import ROW_PARAMETERS, AnyStage, output_settings, row_parameters
 from pipelines.weights import Weights
 
 PROTOCOL = 2
@@ -38,7 +35,6 @@ BROUGHT = ("image", "mask_image", "latents")
 """Parameters that say where something lies."""
 
 _AT = {name: i for i, name in enumerate(ROW_PARAMETERS)}
-_BOX = re.compile(r"^\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*$")
 
 
 class Wrong(ValueError):
@@ -55,6 +51,7 @@ class PlannedRow:
     """In the order of ROW_PARAMETERS."""
     source_index: int
     problem: str | None = None
+    image_version: str | None = None
 
 
 def _missing(value: Any) -> bool:
@@ -133,6 +130,8 @@ def _scheduler(facts: ModelFacts) -> Callable[[Any], str]:
             name = scheduler_name(str(value))
         except ValueError as error:
             raise Wrong(str(error)) from None
+        if facts.pipeline == PLAIN_UPSCALER and not is_plain(name):
+            raise Wrong(f"scheduler {name} does not fit {facts.pipeline}; use ddim, or leave it out")
         if is_flow(name) != facts.flow_matching:
             other = "flow-matching" if facts.flow_matching else "diffusion"
             raise Wrong(f"scheduler {name} does not fit {facts.pipeline}, a {other} model; leave it out for its own")
@@ -148,47 +147,6 @@ def _strength(value: Any) -> float:
     return number
 
 
-def reference(base: str, value: Any) -> tuple[str, str]:
-    """(where the image lies, which version of it lies there) for what a table says, relative to the table itself.
-
-    A local file must be there. What is behind another URL is seen when it is loaded.
-    """
-    if not isinstance(value, str):
-        raise Wrong(f"image is a {type(value).__name__}; expected a path or URL")
-    scheme, colon, _ = value.partition("://")
-    if colon and scheme in ("http", "https"):
-        raise Wrong(f"image {value[:80]!r}: pages of the web are not fetched; copy the images to a folder or a bucket")
-    where = value if colon or value.startswith("/") or not base else f"{base.rstrip('/')}/{value}"
-    if not is_local(where):
-        return where, ""
-    # os.path: a million rows go through here, and Path costs five times as much.
-    path = os.path.abspath(where.removeprefix("file://"))  # noqa: PTH100
-    try:
-        found = os.stat(path)  # noqa: PTH116
-    except (OSError, ValueError):
-        raise Wrong(f"image {value[:200]!r} is not there; looked for {path}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise Wrong(f"image {value[:200]!r} is no file")
-    return path, f"{found.st_size} {found.st_mtime_ns}"
-
-
-def box(value: Any) -> str | None:
-    """`box:left,top,right,bottom` where a mask is given as four whole numbers in pixels of the image, else None."""
-    if isinstance(value, str):
-        match = _BOX.match(value)
-        numbers = [int(n) for n in match.groups()] if match else []
-    else:
-        numbers = list(value) if isinstance(value, (list, tuple)) else []
-    if not numbers:
-        return None
-    if len(numbers) != 4 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise Wrong(f"mask_image {value!r}: a box is four whole numbers, left, top, right, bottom")
-    left, top, right, bottom = numbers
-    if left >= right or top >= bottom:
-        raise Wrong(f"mask_image {value!r} is an empty box; left < right and top < bottom")
-    return f"box:{left},{top},{right},{bottom}"
-
-
 class Resolver:
     """Everything about a job that turns a chunk of its table into planned rows.
 
@@ -200,6 +158,7 @@ class Resolver:
         facts = models[0][1]
         self.job = job
         self.takes = row_parameters(stage)
+        self.references = References(source.storage_options)
         self.readers: dict[str, Callable[[Any], Any]] = {
             "prompt": _text("prompt", MAX_PROMPT_CHARS),
             "negative_prompt": _text("negative_prompt", MAX_PROMPT_CHARS),
@@ -227,12 +186,7 @@ class Resolver:
             self.defaults["height"] = self.defaults["height"] or facts.default_height
             self.defaults["width"] = self.defaults["width"] or facts.default_width
         for i, (later, (_, its_facts)) in enumerate(zip(job.stages[1:], models[1:], strict=True), 1):
-            sampler = getattr(later, "scheduler", None)
-            if sampler is not None:
-                try:
-                    _scheduler(its_facts)(sampler)
-                except Wrong as error:
-                    raise JobError(f"stages.{i}.scheduler: {error}") from None
+            _check_later(i, later, its_facts)
         self.axes: list[tuple[str, list[Any]]] = [
             (name, [self._of_job(f"source.matrix.{name}", name, value) for value in values])
             for name, values in source.matrix.items()
@@ -320,6 +274,9 @@ class Resolver:
         """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
         self.check_columns(chunk)
         raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *self.takes)}
+        for name in ("image", "mask_image"):
+            if raw.get(name) is not None and (name != "image" or chunk.versions is None):
+                self.references.prepare(chunk.base, raw[name] or ())
         for i in range(chunk.num_rows):
             try:
                 row_id = None if raw["id"] is None or _missing(raw["id"][i]) else _id(raw["id"][i])
@@ -329,15 +286,15 @@ class Resolver:
                 prompt = values[_AT["prompt"]]
                 if prompt is None or (not prompt.strip() and prompt != self.defaults["prompt"]):
                     raise Wrong("prompt is empty")
-                versions = self._place_images(chunk, values, i)
+                versions = self._place(chunk, values, i)
             except Wrong as error:
                 yield self._wrong(chunk, raw, i, str(error))
                 continue
             yield from self._expand(row_id, values, versions, i)
 
-    def _place_images(self, chunk: Chunk, values: list[Any], i: int) -> list[str]:
-        """Put where an image lies in place of what the table says; return what belongs into the key instead."""
-        parts: list[str] = []
+    def _place(self, chunk: Chunk, values: list[Any], i: int) -> list[str]:
+        """Put where an image lies in place of what the table says; return its version, which the key holds instead."""
+        versions: list[str] = []
         for name in BROUGHT:
             if name not in self.takes:
                 continue
@@ -348,22 +305,21 @@ class Resolver:
                 if chunk.versions is None or not isinstance(said, str):
                     raise Wrong("latents come from the output of an encode job; set source.format: manifest")
                 values[_AT[name]] = f"{chunk.base}/{said}"
-                parts.append(chunk.versions[i])
+                versions.append(chunk.versions[i])
                 continue
-            where = box(said) if name == "mask_image" else None
-            if where is not None:
-                parts.append(where)
-            else:
-                try:
-                    where, version = reference(chunk.base, said)
-                except Wrong as error:
-                    raise Wrong(str(error).replace("image", name, 1)) from None
-                if name == "image" and chunk.versions is not None:
-                    version = chunk.versions[i]
-                # As the table says it: the same table beside the same images elsewhere means the same rows.
-                parts.append(f"{said}\0{version}")
+            try:
+                where = box(said) if name == "mask_image" else None
+                if where is None:
+                    where = locate(chunk.base, said)
+                    known = name == "image" and chunk.versions is not None
+                    versions.append(chunk.versions[i] if known and chunk.versions else self.references.version(where))
+                else:
+                    versions.append(where)
+            except BadReference as error:
+                shown = f" {said[:200]!r}" if isinstance(said, str) else ""
+                raise Wrong(f"{name}{shown} {error}") from None
             values[_AT[name]] = where
-        return parts
+        return versions
 
     def _wrong(self, chunk: Chunk, raw: dict[str, list[Any] | None], i: int, problem: str) -> PlannedRow:
         # Without empty cells: a column that another row brings along must not make this one a new row.
@@ -434,7 +390,8 @@ class Resolver:
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 for name, place in where.items():
                     made[_AT[name]] = place
-                yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made))
+                version = versions[0] if where["image"] is not None else None
+                yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made), version)
 
 
 def _no_steps(values: list[Any]) -> str | None:
@@ -442,6 +399,26 @@ def _no_steps(values: list[Any]) -> str | None:
     if strength is None or int(steps * strength) >= 1:
         return None
     return f"strength {strength:g} of {steps} steps leaves none to do; use at least {math.ceil(1000 / steps) / 1000:g}"
+
+
+def _check_later(i: int, stage: AnyStage, facts: ModelFacts) -> None:
+    """What a row's own values are checked for in the first stage, of a later one's fields."""
+    readers: dict[str, Callable[[Any], Any]] = {
+        "height": _size("height", facts.size_multiple),
+        "width": _size("width", facts.size_multiple),
+        "scheduler": _scheduler(facts),
+    }
+    for name, read in readers.items():
+        value = getattr(stage, name, None)
+        if value is not None:
+            try:
+                read(value)
+            except Wrong as error:
+                raise JobError(f"stages.{i}.{name}: {error}") from None
+    values = [getattr(stage, name, None) for name in ROW_PARAMETERS]
+    problem = _no_steps(values)
+    if problem is not None:
+        raise JobError(f"stages.{i}.strength: {problem}")
 
 
 def derived_seed(job_seed: int, identity: str, image: int) -> int:

@@ -40,7 +40,18 @@ RECEIPT = pa.schema(
 )
 """What the driver hears of a committed shard. `outcome`: mine, or theirs where another run was first."""
 
-_INTERNAL = {"problem", "batch", "pixels", "mask_pixels", "latents_data", "kept", "intermediates", "stages"}
+_INTERNAL = {
+    "problem",
+    "batch",
+    "latents",
+    "image_version",
+    "pixels",
+    "mask_pixels",
+    "latents_data",
+    "kept",
+    "intermediates",
+    "stages",
+}
 
 
 class ShardWriter:

@@ -27,6 +27,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+MAX_PER_REQUEST = 1000
 MAX_FIELD_CHARS = 1 << 20
 
 
@@ -49,7 +50,7 @@ def read_source(source: Source) -> Iterator[Chunk]:
     if source.format in ("images", "parameters", "manifest") or images:
         read = {"parameters": read_parameters, "manifest": read_earlier}.get(source.format, list_images)
         for path in paths:
-            yield from read(path, source.storage_options)
+            yield from read(path, source.storage_options, len(paths) == 1)
         return
     files = []
     for path in paths:
@@ -58,7 +59,7 @@ def read_source(source: Source) -> Iterator[Chunk]:
             raise JobError(f"source.path {path}: no file matches; check the pattern")
         if source.format == "auto" and all(holds_images(name) for name in found):
             # A pattern such as *.[pj][np]g shows only now what it matches.
-            yield from list_images(path, source.storage_options)
+            yield from list_images(path, source.storage_options, len(paths) == 1)
         else:
             files += found
     for uri in files:
@@ -155,10 +156,11 @@ def _json_lines(uri: str, text: Iterable[str]) -> Iterator[dict[str, Any]]:
             raise JobError(f"{uri} line {number}: not valid JSON ({error}); one object a line") from None
         if not isinstance(value, dict):
             raise JobError(f"{uri} line {number}: a {type(value).__name__}, not an object; one object a line")
-        yield from _batch_request(value) if {"custom_id", "body"} <= value.keys() else (value,)
+        is_request = {"custom_id", "body"} <= value.keys()
+        yield from _batch_request(value, f"{uri} line {number}") if is_request else (value,)
 
 
-def _batch_request(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _batch_request(value: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """A line of OpenAI's batch format as rows: `custom_id`, and in `body` prompt, n, size and any column of ours."""
     body = value["body"] if isinstance(value["body"], dict) else {}
     row = {name: cell for name, cell in body.items() if name not in ("n", "size", "model", "response_format")}
@@ -166,8 +168,10 @@ def _batch_request(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
     width, by, height = str(body.get("size") or "").partition("x")
     if by:
         row |= {"width": width, "height": height}
-    count = body.get("n") or 1
-    if not isinstance(count, int) or count == 1:
+    count = body.get("n", 1)
+    if not isinstance(count, int) or not 1 <= count <= MAX_PER_REQUEST:
+        raise JobError(f"{where}: n is {count!r}; a whole number from 1 to {MAX_PER_REQUEST}")
+    if count == 1:
         yield row
         return
     for i in range(count):

@@ -83,6 +83,17 @@ class Store:
 
         return self._patiently(get)
 
+    def version(self, path: str) -> str | None:
+        """A mark of what lies there now, its size with the ETag or the time of change; None where nothing does."""
+
+        def look() -> str | None:
+            try:
+                return _remote_version(self.filesystem.info(self.uri(path)))
+            except FileNotFoundError:
+                return None
+
+        return self._patiently(look)
+
     def write(self, path: str, data: bytes) -> None:
         """Put a whole object, replacing what is there. Only for names that follow from the content, and for hints."""
         if (root := self.local) is not None:
@@ -281,7 +292,7 @@ def expand(url: str, storage_options: dict[str, Any]) -> Iterator[str]:
     Raises:
         StorageError: the store refuses.
     """
-    if not any(c in url for c in "*?["):
+    if not any(c in url for c in "*?[") or (is_local(url) and Path(url.removeprefix("file://")).exists()):
         yield url
         return
     if is_local(url):
@@ -295,8 +306,8 @@ def expand(url: str, storage_options: dict[str, Any]) -> Iterator[str]:
 def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator[tuple[str, str]]]:
     """(root, every file under a folder, URL or glob as its path below the root and a mark of its version).
 
-    The mark is the size with the ETag, or with the time of change where there is none; nothing is opened. Files come in
-    the order of their names, a folder at a time, so that a million of them need not be held at once.
+    The mark is the size with the ETag, or with the time of change where there is none; a local file has none. Nothing
+    is opened. Files come in the order of their names.
 
     Raises:
         StorageError: nothing is there, or the store refuses.
@@ -304,12 +315,12 @@ def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator
     pattern = any(c in url for c in "*?[")
     if is_local(url):
         root = url.removeprefix("file://")
-        if pattern:
+        if pattern and not Path(root).exists():
             fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), root.split("/")))
             names = (os.path.relpath(name, fixed or ".") for name in expand(url, storage_options))
-            return fixed, ((name, _local_version(Path(fixed) / name)) for name in names)
+            return fixed, ((name, "") for name in names)
         if Path(root).is_file():
-            return str(Path(root).parent), iter([(Path(root).name, _local_version(Path(root)))])
+            return str(Path(root).parent), iter([(Path(root).name, "")])
         if not Path(root).is_dir():
             raise StorageError(f"{url}: no such folder; check the path")
         return root.rstrip("/") or "/", _walk(root, "")
@@ -337,21 +348,22 @@ def _find(store: Store, url: str, pattern: bool) -> dict[str, dict[str, Any]]:
     return store._patiently(find)
 
 
-def _walk(root: str, below: str) -> Iterator[tuple[str, str]]:
-    with os.scandir(os.path.join(root, below)) as entries:  # noqa: PTH118 - Path costs five times as much here
-        here = sorted(entries, key=lambda entry: entry.name)
+def _walk(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    folder = os.path.join(root, below)  # noqa: PTH118 - Path costs five times as much here
+    real = os.path.realpath(folder)
+    if real in above:
+        return  # A link to a folder that holds it.
+    try:
+        with os.scandir(folder) as entries:
+            here = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
     for entry in here:
         name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(root, name)
+        if entry.is_dir():
+            yield from _walk(root, name, (*above, real))
         elif entry.is_file():
-            found = entry.stat()
-            yield name, f"{found.st_size} {found.st_mtime_ns}"
-
-
-def _local_version(path: Path) -> str:
-    found = path.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
+            yield name, ""
 
 
 def _remote_version(info: dict[str, Any]) -> str:

@@ -230,7 +230,8 @@ def _hub_folder(model: str, revision: str, variant: str | None, wanted: list[str
 def _hub_patterns(variant: str | None) -> list[str]:
     """What a pipeline needs of a repository; a checkpoint in one file at the top is something else."""
     weights = [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"] if variant else ["*/*.safetensors"]
-    return ["*.json", "*.txt", "*.model", *weights]
+    # At the top only an autoencoder that is a repository of its own.
+    return ["*.json", "*.txt", "*.model", *weights, "diffusion_pytorch_model*.safetensors"]
 
 
 def _hub_problem(model: str, revision: str, error: BaseException) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ldm_ops.device import device_name, free_memory, set_threads
 from ldm_ops.op import Op, Row, RowRefused
-from pipelines.blocks import MAX_MESSAGE_CHARS, RESULT_FIELDS, pack, unpack, with_results
+from pipelines.blocks import GEOMETRY, MAX_MESSAGE_CHARS, RESULT_FIELDS, pack, unpack, with_results
 from pipelines.inputs import BadImage, Loader
 from pipelines.rows import derived_seed
 from pipelines.stages import ROW_PARAMETERS, AnyStage
@@ -42,7 +42,11 @@ class Place:
         row["mask_image"] = None if planned["mask_pixels"] is None else unpack(planned["mask_pixels"])
         row["latents"] = None if planned["latents_data"] is None else unpack(planned["latents_data"])
         if self.index and self.loader is not None:
-            row["image"] = self.loader.fit(row["image"], row["height"], row["width"])
+            cut = self.loader.fit(row["image"], row["height"], row["width"])
+            row["image"] = cut.image
+            if self.stage.op == "encode":
+                # What a training has to know is the cut that these latents show.
+                row["geometry"] = {name: getattr(cut, name) for name in GEOMETRY}
         return row
 
 
@@ -119,8 +123,8 @@ class Worker:
             done["intermediates"] = [*(before["intermediates"] or ()), *result.get("intermediates", ())]
             if stage.keep:
                 done["kept"] = [*(before["kept"] or ()), {"stage": self.place.index, "pixels": result["pixels"]}]
-            if before["nsfw"]:
-                done["nsfw"] = True
+            done |= {name: True for name in ("nsfw", "prompt_truncated") if before[name]}
+            done |= (row or {}).get("geometry", {})
         else:
             done["pixels"] = None
         return {field.name: done[field.name] for field in RESULT_FIELDS if field.name in done}

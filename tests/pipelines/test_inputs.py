@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.inputs import MAX_PIXELS, BadImage, Loader, decode
+from pipelines.errors import StorageError
+from pipelines.inputs import MAX_PIXELS, BadImage, Loaded, Loader, decode
+from tests.conftest import start_moto
 
 RED, BLUE = (200, 30, 20), (10, 40, 220)
 
@@ -39,13 +42,13 @@ def halves(mode: str = "RGB", size: tuple[int, int] = (40, 24)) -> Image.Image:
 def load(tmp_path: Path, data: bytes, name: str = "x.png", height: Any = None, width: Any = None, **fields: Any) -> Any:
     path = tmp_path / name
     path.write_bytes(data)
-    return loader(**fields)([{"image": str(path), "height": height, "width": width}])[0]
+    return loader(**fields)([{"image": str(path), "height": height, "width": width, "image_version": None}])[0]
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_a_lossless_file_comes_in_exactly(tmp_path: Path, format: str) -> None:
     made = load(tmp_path, encoded(halves(), format, **({"lossless": True} if format == "WEBP" else {})))
-    assert np.array_equal(made["image"], np.asarray(halves()))
+    assert np.array_equal(made.image, np.asarray(halves()))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "AVIF"])
@@ -53,13 +56,13 @@ def test_a_lossy_file_comes_in_as_pillow_decodes_it(tmp_path: Path, format: str)
     data = encoded(halves(), format)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(image.convert("RGB"))
-    assert np.array_equal(load(tmp_path, data)["image"], expected)
+    assert np.array_equal(load(tmp_path, data).image, expected)
 
 
 def test_an_image_is_turned_upright_by_its_exif(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
-    made = load(tmp_path, encoded(halves(), "JPEG", exif=exif, quality=100))["image"]
+    made = load(tmp_path, encoded(halves(), "JPEG", exif=exif, quality=100)).image
     assert made.shape == (40, 24, 3)
     assert np.abs(made[:10].astype(int) - RED).max() < 40
     assert np.abs(made[-10:].astype(int) - BLUE).max() < 40
@@ -67,7 +70,7 @@ def test_an_image_is_turned_upright_by_its_exif(tmp_path: Path) -> None:
 
 def test_16_bit_grey_is_scaled_and_not_cut(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 8).reshape(8, 64).astype(np.uint16)
-    made = load(tmp_path, encoded(Image.fromarray(ramp)))["image"]
+    made = load(tmp_path, encoded(Image.fromarray(ramp))).image
     assert made.shape == (8, 64, 3)
     assert np.array_equal(made[..., 0], np.round(ramp / 65535 * 255).astype(np.uint8))
 
@@ -75,12 +78,12 @@ def test_16_bit_grey_is_scaled_and_not_cut(tmp_path: Path) -> None:
 def test_transparency_shows_the_stated_background(tmp_path: Path) -> None:
     image = halves("RGBA")
     image.putalpha(Image.new("L", image.size, 0))
-    assert np.array_equal(load(tmp_path, encoded(image), background="#102030")["image"][0, 0], (16, 32, 48))
+    assert np.array_equal(load(tmp_path, encoded(image), background="#102030").image[0, 0], (16, 32, 48))
     grey = Image.new("LA", (8, 8), (100, 255))
-    assert np.array_equal(load(tmp_path, encoded(grey))["image"][0, 0], (100, 100, 100))
+    assert np.array_equal(load(tmp_path, encoded(grey)).image[0, 0], (100, 100, 100))
     palette = halves("RGB").quantize(4)
     data = encoded(palette, transparency=palette.getpixel((0, 0)))
-    made = load(tmp_path, data, background="#00ff00")["image"]
+    made = load(tmp_path, data, background="#00ff00").image
     assert np.array_equal(made[0, 0], (0, 255, 0))
     assert np.abs(made[0, -1].astype(int) - BLUE).max() < 12
 
@@ -89,7 +92,7 @@ def test_transparency_shows_the_stated_background(tmp_path: Path) -> None:
 def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     image = halves().quantize(4) if mode == "P" else halves("RGB" if mode == "LAB" else mode)
     format = "TIFF" if mode in ("CMYK", "LAB") else "PNG"
-    made = load(tmp_path, encoded(image, format))["image"]
+    made = load(tmp_path, encoded(image, format)).image
     assert made.shape == (24, 40, 3)
     assert made.dtype == np.uint8
     if mode in ("P", "CMYK"):
@@ -97,7 +100,7 @@ def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
 
 
 def test_a_grey_cmyk_jpeg_is_not_inverted(tmp_path: Path) -> None:
-    made = load(tmp_path, encoded(halves("CMYK"), "JPEG", quality=100))["image"]
+    made = load(tmp_path, encoded(halves("CMYK"), "JPEG", quality=100)).image
     assert np.abs(made[4, 4].astype(int) - RED).max() < 30
 
 
@@ -156,12 +159,48 @@ def test_a_bad_file_is_a_reason_and_never_an_exception(tmp_path: Path, name: str
 
 
 def test_a_missing_file_a_folder_and_a_locked_store_are_reasons(tmp_path: Path) -> None:
-    rows = [{"image": where, "height": None, "width": None} for where in (f"{tmp_path}/none.png", str(tmp_path))]
+    rows = [
+        {"image": where, "height": None, "width": None, "image_version": None}
+        for where in (f"{tmp_path}/none.png", str(tmp_path))
+    ]
     missing, folder = loader()(rows)
     assert isinstance(missing, BadImage)
     assert missing.kind == "image.missing"
     assert isinstance(folder, BadImage)
     assert folder.kind == "image.unreadable"
+
+
+def test_a_store_that_refuses_is_no_fault_of_the_row() -> None:
+    server, url = start_moto(INITIAL_NO_AUTH_ACTION_COUNT="0")
+    rows = [{"image": "s3://bkt/a.png", "height": None, "width": None, "image_version": None}]
+    with pytest.raises(StorageError, match="the store refuses these credentials"):
+        loader(storage_options={"endpoint_url": url})(rows)
+    server.kill()
+    server.wait()
+
+
+def test_an_image_that_changed_since_the_plan_is_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(halves()))
+    row = {"image": str(path), "height": None, "width": None}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert isinstance(loader()([{**row, "image_version": sha256}])[0], Loaded)
+    path.write_bytes(encoded(halves().rotate(90)))
+    found = loader()([{**row, "image_version": sha256}])[0]
+    assert isinstance(found, BadImage)
+    assert found.kind == "image.changed"
+
+
+def test_a_phones_jpeg_with_a_second_picture_comes_in(tmp_path: Path) -> None:
+    data = encoded(halves(), "MPO", save_all=True, append_images=[halves("RGB")])
+    made = load(tmp_path, data, "phone.jpg")
+    assert made.image.shape == (24, 40, 3)
+
+
+def test_an_image_that_would_grow_beyond_measure_is_a_reason(tmp_path: Path) -> None:
+    found = load(tmp_path, encoded(Image.new("L", (9000, 1))), height=1024)
+    assert isinstance(found, BadImage)
+    assert "9000 × 1 would become 9216000 × 1024" in str(found)
 
 
 def test_the_pixel_cap_is_checked_before_a_pixel_is_decoded() -> None:
@@ -193,13 +232,13 @@ def test_the_resize_policy_decides_over_the_size(
     tmp_path: Path, resize: Any, height: Any, width: Any, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     made = load(tmp_path, encoded(halves(size=size)), height=height, width=width, resize=resize)
-    assert made["image"].shape == (*expected, 3)
+    assert made.image.shape == (*expected, 3)
 
 
 def test_fill_cuts_and_never_distorts(tmp_path: Path) -> None:
     image = Image.new("RGB", (300, 100), RED)
     image.paste(BLUE, (100, 0, 200, 100))
-    made = load(tmp_path, encoded(image), height=64, width=64, resize="fill")["image"]
+    made = load(tmp_path, encoded(image), height=64, width=64, resize="fill").image
     assert np.abs(made[:, 4:-4].astype(int) - BLUE).max() <= 2
 
 
@@ -215,25 +254,25 @@ def test_exact_refuses_any_other_size(tmp_path: Path, size: tuple[int, int], hei
 
 def mask_of(tmp_path: Path, mask: str, size: tuple[int, int] = (40, 24), **fields: Any) -> Any:
     (tmp_path / "i.png").write_bytes(encoded(halves(size=size)))
-    row = {"image": str(tmp_path / "i.png"), "mask_image": mask, "height": None, "width": None}
+    row = {"image": str(tmp_path / "i.png"), "mask_image": mask, "height": None, "width": None, "image_version": None}
     return loader(takes=frozenset({"image", "mask_image"}), **fields)([row])[0]
 
 
 def test_a_mask_is_a_box_or_a_file_of_the_same_size(tmp_path: Path) -> None:
-    boxed = mask_of(tmp_path, "box:8,4,16,12")["mask_image"]
+    boxed = mask_of(tmp_path, "box:8,4,16,12").mask_image
     assert boxed.shape == (24, 40)
     assert (boxed[4:12, 8:16] == 255).all()
     assert boxed.astype(int).sum() == 255 * 64
     path = tmp_path / "m.png"
     Image.fromarray(boxed).save(path)
-    assert np.array_equal(mask_of(tmp_path, str(path))["mask_image"], boxed)
+    assert np.array_equal(mask_of(tmp_path, str(path)).mask_image, boxed)
 
 
 def test_a_mask_goes_the_way_of_its_image_and_stays_black_and_white(tmp_path: Path) -> None:
     made = mask_of(tmp_path, "box:0,0,41,33", size=(83, 67))
-    assert made["mask_image"].shape == made["image"].shape[:2] == (64, 80)
-    assert set(np.unique(made["mask_image"])) == {0, 255}
-    assert 0.2 < (made["mask_image"] == 255).mean() < 0.3
+    assert made.mask_image.shape == made.image.shape[:2] == (64, 80)
+    assert set(np.unique(made.mask_image)) == {0, 255}
+    assert 0.2 < (made.mask_image == 255).mean() < 0.3
 
 
 def test_a_mask_that_does_not_fit_is_a_reason(tmp_path: Path) -> None:
@@ -254,9 +293,11 @@ def test_an_image_comes_from_object_storage(s3_options: dict[str, Any]) -> None:
     import fsspec
 
     fsspec.filesystem("s3", **s3_options).pipe_file("bkt/in/a.png", encoded(halves()))
-    rows = [{"image": f"s3://bkt/in/{n}.png", "height": None, "width": None} for n in ("a", "none")]
+    rows = [
+        {"image": f"s3://bkt/in/{n}.png", "height": None, "width": None, "image_version": None} for n in ("a", "none")
+    ]
     fine, missing = loader(storage_options=s3_options)(rows)
-    assert np.array_equal(fine["image"], np.asarray(halves()))
+    assert np.array_equal(fine.image, np.asarray(halves()))
     assert isinstance(missing, BadImage)
     assert missing.kind == "image.missing"
 
@@ -267,4 +308,6 @@ def test_a_loader_travels_between_processes(tmp_path: Path) -> None:
     made = loader()
     load(tmp_path, encoded(halves()))
     again = pickle.loads(pickle.dumps(made))
-    assert again([{"image": str(tmp_path / "x.png"), "height": None, "width": None}])[0]["image"].shape == (24, 40, 3)
+    assert again([{"image": str(tmp_path / "x.png"), "height": None, "width": None, "image_version": None}])[
+        0
+    ].image.shape == (24, 40, 3)

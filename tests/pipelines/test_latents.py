@@ -191,7 +191,7 @@ def test_ranks_and_workers_share_the_rows_and_none_gets_more(encoded: Path, work
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("taken", [0, 1, 5, 10])
+@pytest.mark.parametrize("taken", [0, 1, 5, 9])
 def test_a_training_goes_on_in_the_middle_of_an_epoch(encoded: Path, workers: int, taken: int) -> None:
     def fresh() -> tuple[LatentDataset, Any]:
         dataset = LatentDataset(str(encoded), batch_size=2, seed=9)
@@ -212,6 +212,32 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(encoded: Path, workers: in
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(rest, whole[taken:], strict=True))
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_every_pass_is_another_epoch_with_workers_too(encoded: Path, persistent: bool) -> None:
+    def passes(workers: int) -> list[Any]:
+        dataset = LatentDataset(str(encoded), batch_size=2, seed=4)
+        loader = DataLoader(
+            dataset, batch_size=None, num_workers=workers, persistent_workers=persistent and workers > 0
+        )
+        made = [[(batch["key"], batch["latents"]) for batch in loader] for _ in range(2)]
+        dataset.set_epoch(1)
+        return [*made, [(batch["key"], batch["latents"]) for batch in loader]]
+
+    for workers in (0, 1, 2):
+        first, second, again = passes(workers)
+        assert [keys for keys, _ in first] != [keys for keys, _ in second]
+        assert [keys for keys, _ in second] == [keys for keys, _ in again]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(second, again, strict=True))
+
+
+def test_after_a_resume_the_next_epoch_is_whole(encoded: Path) -> None:
+    dataset = LatentDataset(str(encoded), batch_size=2, seed=4)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1)
+    dataset.load_state_dict({"epoch": 3, "num_batches": len(dataset) - 2})
+    assert [len(list(loader)) for _ in range(3)] == [2, len(dataset), len(dataset)]
+    assert dataset.state_dict(2 + len(dataset) + 1) == {"epoch": 5, "num_batches": 1}
+
+
 def test_batches_come_from_workers_in_turn_while_they_last() -> None:
     for lengths in ([3, 1, 2], [0, 4], [5], [2, 2, 2]):
         queues = [[i] * length for i, length in enumerate(lengths)]
@@ -227,11 +253,13 @@ def test_latents_are_read_from_object_storage(encoded: Path, s3_options: dict[st
     import fsspec
 
     fsspec.filesystem("s3", **s3_options).put(str(encoded), "bkt/latents", recursive=True)
-    remote = LatentDataset("s3://bkt/latents", batch_size=2, seed=3, storage_options=s3_options)
-    local = LatentDataset(str(encoded), batch_size=2, seed=3)
-    for a, b in zip(remote, local, strict=True):
-        assert a["key"] == b["key"]
-        assert torch.equal(a["latents"], b["latents"])
+    for workers in (0, 2):
+        remote = LatentDataset("s3://bkt/latents", batch_size=2, seed=3, storage_options=s3_options)
+        local = LatentDataset(str(encoded), batch_size=2, seed=3)
+        both = [DataLoader(dataset, batch_size=None, num_workers=workers) for dataset in (remote, local)]
+        for a, b in zip(*both, strict=True):
+            assert a["key"] == b["key"]
+            assert torch.equal(a["latents"], b["latents"])
 
 
 def test_latents_of_several_encoders_do_not_mix(
@@ -263,6 +291,29 @@ def test_an_output_without_latents_is_refused(tmp_path: Path) -> None:
         LatentDataset(str(tmp_path))
     with pytest.raises(JobError, match="rank 2 of world_size 2; 0 to 1"):
         LatentDataset(str(tmp_path), rank=2, world_size=2)
+    with pytest.raises(JobError, match="batch_size 0; 1 or more"):
+        LatentDataset(str(tmp_path), batch_size=0)
+
+
+def test_a_chain_records_the_cut_that_its_latents_show(tiny_model: Path, tmp_path: Path) -> None:
+    stages = [{"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 2, "height": 64, "width": 96}]
+    run(encode_job(tmp_path, [{"prompt": "a", "id": "a"}], *stages, encode(tiny_model, max_aspect_ratio=1)))
+    found = stored(tmp_path)["a"]
+    assert [found[name] for name in ("original_height", "original_width", "crop_top", "crop_left")] == [64, 96, 0, 16]
+
+
+def test_decoding_with_another_model_than_encoded_is_refused(
+    tiny_model: Path, poisoned_model: Path, photos: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(JobError, match="is not the model that stages.0 encodes with; give the same"):
+        check(encode_job(Path("x"), photos, encode(tiny_model), {"op": "decode", "model": str(poisoned_model)}))
+
+
+def test_a_resolution_without_buckets_is_refused(tiny_model: Path, photos: list[dict[str, Any]]) -> None:
+    with pytest.raises(JobError, match="no bucket of multiples of 64 has so few pixels"):
+        check(
+            encode_job(Path("x"), photos, encode(tiny_model, resolution=100, bucket_multiple=64, max_aspect_ratio=1.0))
+        )
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
         ("t.csv", b"prompt\n\xff\xfe\n", "not UTF-8"),
         ("t.jsonl", b'{"prompt": "a"}\n{oops\n', "t.jsonl line 2: not valid JSON"),
         ("t.jsonl", b'["a"]\n', "t.jsonl line 1: a list, not an object"),
+        ("t.jsonl", b'{"custom_id": "a", "body": {"prompt": "a", "n": -1}}', "t.jsonl line 1: n is -1; a whole number"),
         ("t.parquet", b"PAR1 not really", "not a Parquet file"),
         ("t.xlsx", b"", "unknown ending '.xlsx'; one of .csv, .tsv"),
         ("t.csv.gz", b"not gzip", "cannot be read"),
@@ -128,3 +129,21 @@ def test_openai_batch_requests_are_rows(tmp_path: Path) -> None:
     assert [row["id"] for row in found] == ["a", "b#0", "b#1"]
     assert (found[0]["prompt"], found[0]["width"], found[0]["height"]) == ("a cat", "64", "128")
     assert (found[1]["prompt"], found[1]["seed"]) == ("a dog", 3)
+
+
+def test_a_folder_may_have_brackets_links_and_dead_links(tmp_path: Path) -> None:
+    folder = tmp_path / "photos [2024]"
+    (folder / "below").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in (folder / "a.png", folder / "below" / "b.png", tmp_path / "other" / "c.png"):
+        name.write_bytes(b"x")
+    (folder / "linked").symlink_to(tmp_path / "other")
+    (folder / "loop").symlink_to(folder)
+    (folder / "dead.png").symlink_to(tmp_path / "nowhere")
+    assert [row["id"] for row in rows(path=str(folder))] == ["a.png", "below/b.png", "linked/c.png"]
+    assert [row["id"] for row in rows(path=f"{tmp_path}/photos*/*.png")] == [
+        "photos [2024]/a.png",
+        "photos [2024]/dead.png",
+    ]
+    twice = rows(path=[str(folder / "below"), str(tmp_path / "other")])
+    assert len({row["id"] for row in twice}) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 
 from pipelines.errors import JobError, LdmError
 from pipelines.job import Job, parse_job
-from pipelines.planner import check
+from pipelines.planner import check, plan
 from pipelines.runner import run
 from tests import models
 from tests.ldm_ops.rows import picture
@@ -91,11 +92,38 @@ def test_a_changed_image_is_a_new_row_and_an_unchanged_one_is_not(tiny_model: Pa
     folder.mkdir()
     for name in ("a", "b"):
         Image.fromarray(picture()).save(folder / f"{name}.png")
-    wanted = job(tmp_path / "out", {"path": f"{folder}/*.png"}, img2img(tiny_model))
-    assert run(wanted).num_new_rows == 2
+    listed = job(tmp_path / "listed", {"path": f"{folder}/*.png"}, img2img(tiny_model))
+    table = job(tmp_path / "table", {"rows": [{"image": f"{folder}/{n}.png"} for n in "ab"]}, img2img(tiny_model))
+    assert [plan(one).num_known for one in (listed, table)] == [0, 0]
+    os.utime(folder / "a.png", (1, 1))
+    assert [plan(one).num_known for one in (listed, table)] == [2, 1]
     Image.fromarray(picture(seed=5)).save(folder / "b.png")
-    assert run(wanted).num_new_rows == 1
-    assert len({row["sha256"] for row in reader.rows(tmp_path / "out")}) == 3
+    assert [plan(one).num_known for one in (listed, table)] == [1, 1]
+
+
+def test_the_same_images_elsewhere_are_the_same_rows(tiny_model: Path, tmp_path: Path) -> None:
+    keys = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        Image.fromarray(picture()).save(tmp_path / place / "a.png")
+        (tmp_path / place / "t.csv").write_text("image\na.png\n")
+        planned = plan(job(tmp_path / place / "out", {"path": str(tmp_path / place / "t.csv")}, img2img(tiny_model)))
+        assert planned.table is not None
+        keys.append([planned.table[name].to_pylist() for name in ("key", "seed")])
+    assert keys[0] == keys[1]
+
+
+def test_tables_whose_images_have_one_name_and_other_content_are_other_rows(tiny_model: Path, tmp_path: Path) -> None:
+    for i, place in enumerate(("here", "there")):
+        (tmp_path / place).mkdir()
+        # Same size in bytes, same names, same times.
+        Image.fromarray(picture(seed=i)).save(tmp_path / place / "a.bmp")
+        os.utime(tmp_path / place / "a.bmp", (1, 1))
+        (tmp_path / place / "t.csv").write_text("image\na.bmp\n")
+    assert check(job(tmp_path / "out", {"path": f"{tmp_path}/*/t.csv"}, img2img(tiny_model))).num_rows == 2
+    both = [str(tmp_path / place) for place in ("here", "there")]
+    listed = check(job(tmp_path / "out", {"path": both}, img2img(tiny_model)))
+    assert (listed.num_rows, listed.num_duplicates) == (2, 0)
 
 
 def test_images_that_cannot_be_used_are_dead_letters_and_their_neighbours_are_made(
@@ -208,7 +236,9 @@ def test_pools_of_a_chain_that_do_not_fit_are_refused_with_the_numbers(tiny_mode
         ({"rows": [{"image": "x.png"}]}, {"prompt": None}, "no column 'prompt'; .* or give stages.0.prompt"),
         ({"rows": [{"image": "none.png"}]}, {}, r"row 1: image 'none.png' is not there; looked for /"),
         ({"rows": [{"image": "."}]}, {}, "row 1: image '.' is no file"),
-        ({"rows": [{"image": "https://x/y.png"}]}, {}, "pages of the web are not fetched; copy the images"),
+        ({"rows": [{"image": "https://x/y.png"}]}, {}, "is behind https, which is not fetched; copy the images"),
+        ({"rows": [{"image": "HTTP://127.0.0.1/y.png"}]}, {}, "is behind HTTP, which is not fetched"),
+        ({"rows": [{"image": "webhdfs://x/y.png"}]}, {}, "is behind webhdfs, which is not fetched"),
         ({"rows": [{"image": 7}]}, {}, "image is a int; expected a path or URL"),
         ({"rows": [{"image": "IMAGE", "strength": 0}]}, {}, "strength 0 would leave the image as it is"),
         ({"rows": [{"image": "IMAGE", "strength": 1.5}]}, {}, "strength 1.5 is out of range; 0 to 1"),
@@ -229,7 +259,11 @@ def test_pools_of_a_chain_that_do_not_fit_are_refused_with_the_numbers(tiny_mode
             {"op": "inpaint"},
             "mask_image 'gone.png' is not there",
         ),
-        ({"rows": [{"image": "IMAGE"}]}, {"op": "upscale"}, "is a StableDiffusionPipeline; upscale takes an upscaler"),
+        (
+            {"rows": [{"image": "IMAGE"}]},
+            {"op": "upscale"},
+            "is a StableDiffusionPipeline, for decode, encode, .*; upscale takes another kind of model",
+        ),
         ({"rows": ["a"], "matrix": {"strength": [0.5]}}, {"op": "txt2img"}, "matrix.strength: txt2img takes no"),
     ],
 )
@@ -241,7 +275,7 @@ def test_a_mistake_about_images_is_one_line(
     fields = img2img(tiny_model, **stage)
     if fields["op"] in ("txt2img", "upscale", "inpaint"):
         del fields["strength"]
-    with pytest.raises(Exception, match=message) as caught:
+    with pytest.raises(LdmError, match=message) as caught:
         check(job(tmp_path / "out", yaml.safe_load(text), fields))
     assert "\nmend them" in str(caught.value) or len(str(caught.value).splitlines()) == 1
 
@@ -258,13 +292,39 @@ def test_a_chain_that_cannot_work_is_refused(stages: list[str], message: str, ti
         job(tmp_path, {"rows": ["a"]}, *({"op": op, "model": str(tiny_model)} for op in stages))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"strength": 0.01}, "stages.1.strength: strength 0.01 of 4 steps leaves none to do"),
+        ({"num_images_per_prompt": 2}, "stages.1.num_images_per_prompt: only the first stage multiplies rows"),
+        ({"height": 50}, "stages.1.height: height 50 is not a multiple of 8"),
+        ({"scheduler": "flow_euler"}, "stages.1.scheduler: scheduler flow_euler does not fit"),
+    ],
+)
+def test_a_later_stage_is_checked_as_the_first_is(
+    fields: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(JobError, match=message):
+        check(
+            job(tmp_path, {"rows": ["a"]}, {"op": "txt2img", "model": str(tiny_model)}, img2img(tiny_model, **fields))
+        )
+
+
+def test_a_sampler_that_would_spoil_the_small_image_is_refused(upscaler: Path, photos: Path, tmp_path: Path) -> None:
+    stage = {"op": "upscale", "model": str(upscaler), "scheduler": "euler"}
+    with pytest.raises(JobError, match="scheduler euler does not fit LDMSuperResolutionPipeline; use ddim"):
+        check(job(tmp_path, {"path": str(photos)}, stage))
+
+
 def test_keep_belongs_to_a_stage_before_the_last(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="stages.0.keep: the last stage's pictures are always written"):
         job(tmp_path, {"rows": ["a"]}, {"op": "txt2img", "model": str(tiny_model), "keep": True})
 
 
 def test_a_model_that_is_an_upscaler_makes_no_pictures_from_text(upscaler: Path, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="is a LDMSuperResolutionPipeline; txt2img takes a text-to-image model"):
+    with pytest.raises(
+        JobError, match="is a LDMSuperResolutionPipeline, for upscale; txt2img takes another kind of model"
+    ):
         check(job(tmp_path, {"rows": ["a"]}, {"op": "txt2img", "model": str(upscaler)}))
 
 
@@ -277,11 +337,19 @@ def test_images_on_object_storage_are_listed_and_read(
     for name in ("3.png", "below/0.jpg"):
         s3.pipe_file(f"bkt/photos/{name}", (photos / name).read_bytes())
     for path in ("s3://bkt/photos/", "s3://bkt/photos", "s3://bkt/photos/**/*.[pj][np]g"):
-        out = tmp_path / path.replace("/", "_").replace("*", "x")
-        summary = run(job(out, {"path": path, "storage_options": s3_options}, img2img(tiny_model)))
-        found = {row["id"]: row for row in reader.rows(out)}
-        assert (summary.exit_code, sorted(found)) == (0, ["3.png", "below/0.jpg"])
-        assert found["3.png"]["image"] == "s3://bkt/photos/3.png"
+        listed = job(tmp_path / "out", {"path": path, "storage_options": s3_options}, img2img(tiny_model))
+        planned = plan(listed, extend=True)
+        # However it is listed, it is the same.
+        assert planned.num_rows == 2
+    assert run(listed).exit_code == 0
+    found = {row["id"]: row for row in reader.rows(tmp_path / "out")}
+    assert sorted(found) == ["3.png", "below/0.jpg"]
+    assert found["3.png"]["image"] == "s3://bkt/photos/3.png"
+    rows = [{"image": "s3://bkt/photos/3.png"}]
+    table = job(tmp_path / "table", {"rows": rows, "storage_options": s3_options}, img2img(tiny_model))
+    assert [plan(table).num_known for _ in range(2)] == [0, 1]
+    s3.pipe_file("bkt/photos/3.png", (photos / "4.png").read_bytes())
+    assert plan(table).num_known == 0
     for path, message in (("s3://bkt/**.png", "Invalid pattern"), ("s3://bkt/nothing/", "nothing there")):
         with pytest.raises(LdmError, match=message):
             check(job(tmp_path, {"path": path, "storage_options": s3_options}, img2img(tiny_model)))

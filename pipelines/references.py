@@ -1,0 +1,129 @@
+"""Where a row's images lie, and which version of them lies there, so that a changed image is a new row."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipelines.storage import Store, is_local
+
+SCHEMES = frozenset({"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hdfs", "memory"})
+"""Stores, and no servers that a table's author could make this machine ask."""
+
+READERS = 8
+_BOX = re.compile(r"^\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*$")
+
+
+class BadReference(ValueError):
+    """A value that names no image."""
+
+
+class References:
+    """Looks images up once each. A version is the sha256 of a local file, or what a store's listing tells."""
+
+    def __init__(self, storage_options: dict[str, Any]) -> None:
+        self.storage_options = storage_options
+        self.found: dict[str, str | BadReference] = {}
+        self.stores: dict[str, Store] = {}
+
+    def prepare(self, base: str, values: Iterable[Any]) -> None:
+        """Look up all of a chunk's images at a time."""
+        places = set()
+        for value in values:
+            try:
+                places.add(locate(base, value))
+            except BadReference:
+                continue
+        new = sorted(places - self.found.keys())
+        with ThreadPoolExecutor(READERS) as pool:
+            self.found |= zip(new, pool.map(self._look, new), strict=True)
+
+    def version(self, where: str) -> str:
+        """Of what lies at `where`.
+
+        Raises:
+            BadReference: nothing does.
+            StorageError: the store does not say.
+        """
+        if where not in self.found:
+            self.found[where] = self._look(where)
+        found = self.found[where]
+        if isinstance(found, BadReference):
+            raise found
+        return found
+
+    def _look(self, where: str) -> str | BadReference:
+        if is_local(where):
+            path = where.removeprefix("file://")
+            try:
+                if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a million rows go through here
+                    return BadReference("is no file")
+                with open(path, "rb") as file:  # noqa: PTH123
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                return BadReference(f"is not there; looked for {path} ({reason})")
+        root, name = split(where)
+        store = self.stores.setdefault(root, Store(root, self.storage_options))
+        mark = store.version(name)
+        return BadReference("is not there") if mark is None else f"{where} {mark}"
+
+
+def locate(base: str, value: Any) -> str:
+    """The absolute path or URL that a table's value means, relative to the table itself.
+
+    Raises:
+        BadReference: it is no path, or a URL of something that is not fetched.
+    """
+    if not isinstance(value, str):
+        raise BadReference(f"is a {type(value).__name__}; expected a path or URL")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadReference("holds half a surrogate pair, which is no text") from None
+    scheme, colon, _ = value.partition("://")
+    if colon and scheme.lower() not in SCHEMES:
+        raise BadReference(f"is behind {scheme}, which is not fetched; copy the images to a folder or a bucket")
+    where = value if colon or value.startswith("/") or not base else f"{base.rstrip('/')}/{value}"
+    if not is_local(where):
+        return where
+    # A path that says file:// goes on saying that all nodes see it.
+    prefix = "file://" if where.startswith("file://") else ""
+    return prefix + os.path.abspath(where.removeprefix("file://"))  # noqa: PTH100 - as above
+
+
+def split(where: str) -> tuple[str, str]:
+    """(root, name): one root for all objects of a bucket, so that they share a connection."""
+    if is_local(where):
+        path = Path(where.removeprefix("file://"))
+        return str(path.parent), path.name
+    scheme, _, rest = where.partition("://")
+    bucket, _, name = rest.partition("/")
+    return f"{scheme}://{bucket}", name
+
+
+def box(value: Any) -> str | None:
+    """`box:left,top,right,bottom` where a mask is given as four whole numbers in pixels of the image, else None.
+
+    Raises:
+        BadReference: numbers that are no box.
+    """
+    if isinstance(value, str):
+        match = _BOX.match(value)
+        numbers = [int(n) for n in match.groups()] if match else []
+    else:
+        numbers = list(value) if isinstance(value, (list, tuple)) else []
+    if not numbers:
+        return None
+    if len(numbers) != 4 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise BadReference(f"{value!r}: a box is four whole numbers, left, top, right, bottom")
+    left, top, right, bottom = numbers
+    if left >= right or top >= bottom:
+        raise BadReference(f"{value!r} is an empty box; left < right and top < bottom")
+    return f"box:{left},{top},{right},{bottom}"
