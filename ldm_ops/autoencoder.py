@@ -20,6 +20,12 @@ class Autoencoder:
     scale: float
     shift: float
 
+    @classmethod
+    def of(cls, vae: Any) -> Autoencoder:
+        """An autoencoder that is loaded already."""
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return cls(vae, float(vae.config.scaling_factor), float(shift))
+
     def scaled(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """Latents as the encoder gives them → as a denoiser takes them."""
         return (latents_BCHW - self.shift) * self.scale
@@ -52,6 +58,4 @@ def load_autoencoder(folder: Path, device: str, dtype: Dtype, variant: str | Non
     if vae.config.force_upcast and vae.dtype == torch.float16:
         # Its activations overflow in half precision (SDXL's says so itself).
         vae.to(torch.float32)
-    vae.to(device).eval()
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return Autoencoder(vae, float(vae.config.scaling_factor), float(shift))
+    return Autoencoder.of(vae.to(device).eval())

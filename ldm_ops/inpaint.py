@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.op import Row
 from ldm_ops.pixels import from_uint8
 from ldm_ops.sampling import Pipeline, Sampling
@@ -98,8 +99,7 @@ class _Keep:
         inputs = (2 * images_BCHW - 1).to(vae.device, vae.dtype)
         # One by one, as the pipeline itself encodes under a list of generators: a row must not notice its neighbours.
         known = torch.cat([vae.encode(inputs[i : i + 1]).latent_dist.mode() for i in range(len(inputs))])
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        known = (known - shift) * vae.config.scaling_factor
+        known = Autoencoder.of(vae).scaled(known)
         noise = [
             torch.randn(known.shape[1:], generator=torch.Generator("cpu").manual_seed(seed ^ _NOISE_OF_KNOWN))
             for seed in seeds

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
+from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.pixels import to_uint8
@@ -249,8 +250,4 @@ def decode(pipe: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
         raise RowRefused(
             "model.unsupported", f"save_intermediates does not know {type(pipe).__name__}'s packed latents"
         )
-    config = pipe.vae.config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    images_BCHW = pipe.vae.decode(latents_BCHW / config.scaling_factor + shift, return_dict=False)[0]
-    in_range_BCHW: torch.Tensor = (images_BCHW / 2 + 0.5).clamp(0, 1)
-    return in_range_BCHW
+    return Autoencoder.of(pipe.vae).decode(latents_BCHW)

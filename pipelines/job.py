@@ -13,25 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipelines.errors import JobError
-from pipelines.stages import STAGES, AnyStage, Pool, Stage
+from pipelines.stages import STAGES, AnyStage, Pool, RowParameter, Stage
 from pipelines.yaml_file import Document, override, read_yaml
 
 SCHEMA_HEADER = "# yaml-language-server: $schema="
 
-RowName = Literal[
-    "id",
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "scheduler",
-    "strength",
-    "image",
-    "mask_image",
-]
+RowName = Literal["id", RowParameter]
 """Columns of a table that mean something; all others pass through."""
 
 MatrixName = Literal[

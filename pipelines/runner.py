@@ -31,7 +31,7 @@ from pipelines.job import Job
 from pipelines.latents_file import LatentsHead
 from pipelines.loading import LoadShard, image_loader
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, Shard, read_plans
+from pipelines.plans import Plan, Shard, read_plans, read_shard
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage, EncodeStage
 from pipelines.stopping import stop_on_signals
@@ -163,6 +163,7 @@ def _execute(
     options = job.source.storage_options
     models = plan_models(plan, own, planned, options)
     pools = fit([(stage, weights.num_bytes) for stage, (weights, _) in zip(own.stages, models, strict=True)])
+    refuse_local_images(store, todo[0])
     stop_path = heartbeat.stop_path(run_id)
     stages = []
     for i, (stage, (weights, facts)) in enumerate(zip(own.stages, models, strict=True)):
@@ -212,6 +213,26 @@ def refuse_local_sink(store: Store, path: str) -> None:
             f"sink.path {path} is a folder of one machine, the cluster has {nodes} nodes; use s3://…, or "
             "file:///… for a folder that all of them share"
         )
+
+
+def refuse_local_images(store: Store, shard: Shard) -> None:
+    """Refuse images of one machine's disk where other nodes would not find them.
+
+    Raises:
+        JobError: `file://` in front says that the folder is shared.
+    """
+    import ray
+
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
+        return
+    rows = read_shard(store, shard.file, shard.row_group)
+    for name in ("image", "mask_image", "latents"):
+        where = next((w for w in rows[name].to_pylist() if w is not None and w.startswith("/")), None)
+        if where is not None:
+            raise JobError(
+                f"{name} {where} is a file of one machine, the cluster has several nodes; put the images on s3://… and "
+                "the like, or name them file:///… where all nodes share the folder"
+            )
 
 
 def encoder_of(stage: AnyStage, weights: Weights, facts: ModelFacts) -> LatentsHead | None:

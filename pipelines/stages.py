@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -14,7 +14,7 @@ from ldm_ops.op import Op
 from ldm_ops.txt2img import Txt2Img
 from ldm_ops.upscale import Upscale
 
-ROW_PARAMETERS = (
+RowParameter = Literal[
     "prompt",
     "negative_prompt",
     "seed",
@@ -27,7 +27,8 @@ ROW_PARAMETERS = (
     "image",
     "mask_image",
     "latents",
-)
+]
+ROW_PARAMETERS: tuple[str, ...] = get_args(RowParameter)
 """Columns of a table that may set a parameter of their row, in the order of `PlannedRow.values`."""
 
 Resize = Literal["exact", "fit", "fill", "nearest_multiple"]
