@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ldm-batch run jobs/txt2img.yaml
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -22,6 +22,9 @@ from pipelines.job import Job, parse_job
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One torch thread, as a worker has: with more, the last bits on a CPU can depend on a row's place in its batch, and two
+# test processes would fight over the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Before Ray starts: its workers inherit them, as they would a user's.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
