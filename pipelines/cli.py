@@ -47,6 +47,11 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
         yield
     except LdmError as error:
         _fail(str(error), error.exit_code, as_json)
+    except (OSError, UnicodeError, RecursionError) as error:
+        # What no part of ours foresaw: a folder without permission, a name that is too long or no text.
+        what = getattr(error, "filename", None)
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        _fail(f"{what!r}: {reason}" if what else f"{reason}: {str(error)[:200]}", 1, as_json)
     except KeyboardInterrupt:
         _fail("interrupted; nothing that was committed is lost, run the same command again", EXIT_INTERRUPTED, as_json)
 
@@ -74,9 +79,13 @@ def init(
     with one_line_errors(as_json):
         if path.is_dir():
             path = path / "job.yaml"
+        if path.suffix not in (".yaml", ".yml"):
+            _fail(
+                f"{path}: a job file's name ends in .yaml; choose another name: ldm-batch init my-job.yaml", 2, as_json
+            )
         table = path.with_suffix(".csv")
         starter = files("pipelines") / "starter"
-        job = (starter / "job.yaml").read_text(encoding="utf-8").replace("PROMPTS", str(table))
+        job = (starter / "job.yaml").read_text(encoding="utf-8").replace("PROMPTS", json.dumps(str(table)))
         texts = {path: job, table: (starter / "prompts.csv").read_text(encoding="utf-8")}
         for target in texts:
             if target.exists():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -25,7 +26,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 def holds_images(path: str) -> bool:
     """Whether a path names a folder, an image or a pattern of images, and no table."""
-    if path.endswith("/") or (is_local(path) and Path(path.removeprefix("file://")).is_dir()):
+    # os.path: Path.is_dir raises where it may not look.
+    if path.endswith("/") or (is_local(path) and os.path.isdir(path.removeprefix("file://"))):  # noqa: PTH112
         return True
     suffix = PurePosixPath(path).suffix.lower()
     return suffix in IMAGE_SUFFIXES or (not is_local(path) and not suffix and not any(c in path for c in "*?["))

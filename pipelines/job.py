@@ -55,7 +55,9 @@ class Source(Section):
     on_bad_row: Literal["refuse", "fail"] = Field(
         "refuse", description="refuse the whole job, or record a wrong row as failed and make the others"
     )
-    storage_options: dict[str, Any] = Field(default_factory=dict, description="passed to fsspec; never recorded")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="passed to fsspec; never recorded"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -76,7 +78,9 @@ class Sink(Section):
     embed_metadata: Literal["a1111", "none"] = Field(
         "a1111", description="write prompt, seed and parameters into each picture, and that a model made it"
     )
-    storage_options: dict[str, Any] = Field(default_factory=dict, description="passed to fsspec; never recorded")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="passed to fsspec; never recorded"
+    )
 
 
 class Job(Section):
@@ -118,6 +122,22 @@ class Job(Section):
         if self.sink.layout != "auto" and self.sink.layout != self.layout:
             last = self.stages[-1].op
             raise ValueError(f"sink.layout: {self.sink.layout} does not fit {last}; use {self.layout}, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _places(self) -> Job:
+        paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path or []
+        places = [("sink.path", self.sink.path), *(("source.path", path) for path in paths)]
+        for name, place in places:
+            scheme, colon, rest = place.partition("://")
+            if colon and "@" in rest.partition("/")[0] and ":" in rest.partition("@")[0]:
+                raise ValueError(f"{name}: holds a password; give it in storage_options or the environment")
+            if (colon and scheme == "file" and not rest.startswith("/")) or (colon and not rest.strip("/")):
+                raise ValueError(f"{name}: {place} names no place; use a folder, file:///folder or s3://bucket/prefix")
+            if not colon and re.match(r"^[a-z][a-z0-9]+:", place):
+                raise ValueError(f"{name}: {place}: a URL has two slashes, as in s3://bucket/prefix")
+            if place.startswith("~") or "\0" in place:
+                raise ValueError(f"{name}: {place!r}: ~ is not expanded here; write ${{env:HOME}}, or the whole path")
         return self
 
     @property
@@ -211,6 +231,8 @@ def _sentence(document: Document, error: Any) -> str:
         near = difflib.get_close_matches(str(op), STAGES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(STAGES)}"
         return f"{document.where((*loc, 'op'))}: {path}.op: {shown}; {hint}"
+    if "storage_options" in loc:
+        return f"{at}: {path}: expected a mapping of fsspec's options"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     shown = repr(came) if isinstance(came, (str, int, float, bool, type(None))) else type(came).__name__

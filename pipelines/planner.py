@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, sa
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
 from pipelines.source import read_source
 from pipelines.stages import ROW_PARAMETERS, SCALES
-from pipelines.storage import Store
+from pipelines.storage import Store, is_local
 from pipelines.weights import Weights, identify
 
 SHARDS_PER_FILE = 64
@@ -136,6 +137,19 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
             return planned
 
 
+def refuse_sink_in_source(job: Job) -> None:
+    """Raise JobError where a later run would list its own output as input."""
+    paths = [job.source.path] if isinstance(job.source.path, str) else job.source.path or []
+    sink = job.sink.path.removeprefix("file://")
+    for path in paths:
+        if is_local(path) and is_local(job.sink.path):
+            inside = Path(sink).resolve().is_relative_to(Path(path.removeprefix("file://")).resolve())
+        else:
+            inside = f"{sink.rstrip('/')}/".startswith(f"{path.rstrip('/')}/")
+        if inside:
+            raise JobError(f"sink.path {job.sink.path} lies inside source.path {path}; choose another, beside it")
+
+
 class _Planner:
     def __init__(self, job: Job, limit: int | None) -> None:
         self.job = job
@@ -159,6 +173,7 @@ class _Planner:
                     f"stages.{i}.model: {stage.model} is not the model that stages.{i - 1} encodes with; give the same"
                 )
             image_loader(stage, facts, {})
+        refuse_sink_in_source(job)
         self.resolver = Resolver(job, self.models)
         self.settings = {
             **job.output_settings(),

@@ -65,10 +65,14 @@ def read_plans(store: Store) -> list[Plan]:
     for name in sorted(store.list(PLANS)):
         if name.count("/") == 2 and name.endswith(".json"):
             claim = store.read(name)
-            body = store.read(f"{PLANS}/{json.loads(claim)['plan_id']}/plan.json") if claim else None
-            if body is None:
+            try:
+                body = store.read(f"{PLANS}/{json.loads(claim)['plan_id']}/plan.json") if claim else None
+                plan = None if body is None else Plan.from_json(body)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise NotWhole(f"{store.uri(name)} is no whole plan of ldm-batch; choose a new sink.path") from None
+            if plan is None:
                 raise NotWhole(f"{store.uri(name)} names a plan that is not there; choose a new sink.path")
-            plans.append(Plan.from_json(body))
+            plans.append(plan)
     return plans
 
 

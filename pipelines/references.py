@@ -17,7 +17,8 @@ SCHEMES = frozenset({"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "a
 """Stores, and no servers that a table's author could make this machine ask."""
 
 READERS = 8
-_BOX = re.compile(r"^\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*$")
+_NUMBERS = re.compile(r"^(box:)?\s*[-+.\d]+(\s*,\s*[-+.\d]+)+\s*$")
+_BOX = re.compile(r"^\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*$")
 
 
 class BadReference(ValueError):
@@ -88,8 +89,14 @@ def locate(base: str, value: Any) -> str:
     except UnicodeEncodeError:
         raise BadReference("holds half a surrogate pair, which is no text") from None
     scheme, colon, _ = value.partition("://")
+    if "\n" in value or "\0" in value:
+        raise BadReference("holds a line break or NUL; rename the file")
     if colon and scheme.lower() not in SCHEMES:
         raise BadReference(f"is behind {scheme}, which is not fetched; copy the images to a folder or a bucket")
+    if colon:
+        value = f"{scheme.lower()}://{value.partition('://')[2]}"
+        if scheme.lower() != "file" and not all(value.partition("://")[2].partition("/")[::2]):
+            raise BadReference("names no object; bucket and key are needed")
     where = value if colon or value.startswith("/") or not base else f"{base.rstrip('/')}/{value}"
     if not is_local(where):
         return where
@@ -116,6 +123,8 @@ def box(value: Any) -> str | None:
     """
     if isinstance(value, str):
         match = _BOX.match(value)
+        if match is None and _NUMBERS.match(value):
+            raise BadReference("is no box: four whole numbers, left, top, right, bottom, in pixels")
         numbers = [int(n) for n in match.groups()] if match else []
     else:
         numbers = list(value) if isinstance(value, (list, tuple)) else []

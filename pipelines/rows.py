@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -78,8 +79,8 @@ def _text(name: str, limit: int) -> Callable[[Any], str]:
 
 def _id(value: Any) -> str:
     text = _text("id", MAX_ID_CHARS)(value)
-    if not text.isprintable():
-        raise Wrong("id holds a control character; use printable text")
+    if any(unicodedata.category(c) == "Cc" for c in text):
+        raise Wrong(f"id {text[:80]!r} holds a control character; use printable text")
     return text
 
 

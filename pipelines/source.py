@@ -187,6 +187,10 @@ def _parquet(uri: str, options: dict[str, Any]) -> Iterator[Chunk]:
             parquet = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
             raise JobError(f"{uri}: not a Parquet file ({str(error).splitlines()[0]})") from None
+        names = parquet.schema_arrow.names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise JobError(f"{uri}: column {twice[0]!r} stands twice in the table; rename one")
         first = 1
         for batch in parquet.iter_batches(batch_size=CHUNK_ROWS):
             yield Chunk(uri, first, batch.num_rows, batch.to_pydict())

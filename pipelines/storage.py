@@ -286,13 +286,17 @@ def _timestamp(info: dict[str, Any]) -> float:
     return 0.0
 
 
+def _is_there(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where it may not look
+
+
 def expand(url: str, storage_options: dict[str, Any]) -> Iterator[str]:
     """A path, a folder's URL or a glob → the files that it names, sorted.
 
     Raises:
         StorageError: the store refuses.
     """
-    if not any(c in url for c in "*?[") or (is_local(url) and Path(url.removeprefix("file://")).exists()):
+    if not any(c in url for c in "*?[") or (is_local(url) and _is_there(url.removeprefix("file://"))):
         yield url
         return
     if is_local(url):
@@ -315,7 +319,7 @@ def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator
     pattern = any(c in url for c in "*?[")
     if is_local(url):
         root = url.removeprefix("file://")
-        if pattern and not Path(root).exists():
+        if pattern and not _is_there(root):
             fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), root.split("/")))
             names = (os.path.relpath(name, fixed or ".") for name in expand(url, storage_options))
             return fixed, ((name, "") for name in names)

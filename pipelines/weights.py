@@ -78,6 +78,8 @@ def identify(
         return _identify_hub(model, revision, variant)
     except NotAModel as error:
         raise JobError(f"model {model}: {error}") from None
+    except OSError as error:
+        raise JobError(f"model {model}: {error.filename} cannot be read ({error.strerror})") from None
 
 
 def _local(model: str, folder: Path, variant: str | None) -> Weights:

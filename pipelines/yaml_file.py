@@ -163,8 +163,8 @@ def override(document: Document, assignment: str) -> None:
         last = i == len(steps) - 1
         so_far = ".".join(steps[: i + 1])
         if isinstance(here, list):
-            if not step.isdigit() or int(step) >= len(here):
-                raise JobError(f"--set {assignment}: {so_far}: no such item; the list has {len(here)} (from 0)")
+            if not (step.isascii() and step.isdigit()) or int(step) >= len(here):
+                raise JobError(f"--set {path}: {so_far}: no such item; the list has {len(here)} (from 0)")
             if last:
                 here[int(step)] = value
             else:
@@ -175,4 +175,4 @@ def override(document: Document, assignment: str) -> None:
             else:
                 here = here.setdefault(step, {})
         else:
-            raise JobError(f"--set {assignment}: {so_far}: {'.'.join(steps[:i])} is a value, not a section")
+            raise JobError(f"--set {path}: {so_far}: {'.'.join(steps[:i])} is a value, not a section")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -192,3 +193,47 @@ def test_a_killed_run_resumes_and_a_second_interrupt_is_immediate(
     resumed = ldm_batch("run", path)
     assert resumed.returncode == 0, resumed.stderr
     assert len(reader.rows(tmp_path / "out")) == 40
+
+
+def test_a_job_of_any_name_that_init_writes_is_fine(ldm_batch: Any, tmp_path: Path) -> None:
+    for name in ("a: b.yaml", "x #1.yaml"):
+        assert ldm_batch("init", name, cwd=tmp_path).returncode == 0
+        assert ldm_batch("check", name, cwd=tmp_path).returncode == 0
+    refused = ldm_batch("init", "job.csv", cwd=tmp_path)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert not (tmp_path / "job.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("sink.path=pics/out", "sink.path pics/out lies inside source.path pics; choose another, beside it"),
+        ("sink.path=" + "x" * 300, "File name too long"),
+        ("source.storage_options=sup3rs3cret", "source.storage_options: expected a mapping of fsspec's options"),
+    ],
+)
+def test_what_cannot_be_is_one_line_without_secrets(
+    ldm_batch: Any, tiny_model: Path, tmp_path: Path, assignment: str, message: str
+) -> None:
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "a.png").touch()
+    job = {
+        "source": {"path": "pics"},
+        "stages": [{"op": "encode", "model": str(tiny_model)}],
+        "sink": {"path": "out"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    done = ldm_batch("plan", "job.yaml", "--set", assignment, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert message in done.stderr
+    assert "sup3rs3cret" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ['{"pl', "[]", '{"plan_id": "gone"}', "7"])
+def test_a_damaged_plan_log_is_one_line(ldm_batch: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out" / "_ldm" / "plans").mkdir(parents=True)
+    (tmp_path / "out" / "_ldm" / "plans" / "0001.json").write_text(content)
+    done = ldm_batch("status", "out", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (4, 1)
+    assert "plan" in done.stderr

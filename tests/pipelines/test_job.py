@@ -53,6 +53,10 @@ BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("name: x", "name: [x", "not valid YAML"),
         ("name: x", "name: x\nname: y", "job.yaml:2:1: name is given twice; keep one"),
         ("name: x", "name: ../x", "name: string should match pattern"),
+        ("path: a.csv", "path: 'http://u:pw@h/a.csv'", "source.path: holds a password; give it in storage_options"),
+        ("out/x", "'s3:/b/x'", "sink.path: s3:/b/x: a URL has two slashes, as in s3://bucket/prefix"),
+        ("out/x", "'s3://'", "sink.path: s3:// names no place; use a folder, file:///folder or s3://bucket/prefix"),
+        ("out/x", "'~/x'", "~ is not expanded here; write ${env:HOME}, or the whole path"),
         ("name: x", "name: !!python/object:os.system x", "not valid YAML: could not determine a constructor"),
     ],
 )
