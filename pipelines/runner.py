@@ -162,14 +162,14 @@ def _execute(
     own = Job.model_validate(plan.job)
     options = job.source.storage_options
     models = plan_models(plan, own, planned, options)
-    pools = fit([(stage, weights.num_bytes) for stage, (weights, _) in zip(own.stages, models, strict=True)])
+    pools = fit([(stage, weights.num_bytes) for stage, (weights, _) in zip(pool_stages(own, job), models, strict=True)])
     refuse_local_images(store, todo[0])
     stop_path = heartbeat.stop_path(run_id)
     stages = []
     for i, (stage, (weights, facts)) in enumerate(zip(own.stages, models, strict=True)):
         place = Place(stage, i, i == len(own.stages) - 1, image_loader(stage, facts, options))
         op = stage.bare()
-        if not stage.num_gpus and op.device == "auto":
+        if not pools[i].num_gpus and op.device == "auto":
             # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
             op = op.model_copy(update={"device": "cpu"})
         pool = replace(pools[i], workers=min(pools[i].workers, len(todo)))
@@ -213,6 +213,16 @@ def refuse_local_sink(store: Store, path: str) -> None:
             f"sink.path {path} is a folder of one machine, the cluster has {nodes} nodes; use s3://…, or "
             "file:///… for a folder that all of them share"
         )
+
+
+def pool_stages(own: Job, job: Job) -> list[AnyStage]:
+    """The stages of a plan, spread over the cluster as the job says now: that changes nothing of what comes out."""
+    if [stage.op for stage in own.stages] != [stage.op for stage in job.stages]:
+        return own.stages
+    return [
+        stage.model_copy(update={name: getattr(now, name) for name in ("workers", "num_gpus", "num_cpus")})
+        for stage, now in zip(own.stages, job.stages, strict=True)
+    ]
 
 
 def refuse_local_images(store: Store, shard: Shard) -> None:

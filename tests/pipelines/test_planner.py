@@ -152,7 +152,7 @@ def test_a_template_that_fails_or_reaches_out_is_refused(make_job: MakeJob, temp
         ({"scheduler": "eulr"}, "row 2: unknown scheduler 'eulr'; did you mean euler"),
         ({"scheduler": "flow_euler"}, "row 2: scheduler flow_euler does not fit StableDiffusionPipeline"),
         ({"id": "x" * 10_240}, "row 2: id has 10240 characters; at most 512"),
-        ({"id": "a\0b"}, "row 2: id holds a control character"),
+        ({"id": "a\0b"}, "row 2: id 'a\\x00b' holds a control character"),
         ({"prompt": "\ud800"}, "row 2: prompt holds half a surrogate pair"),
     ],
 )

@@ -385,4 +385,4 @@ def test_an_earlier_runs_pictures_are_a_source_its_failures_are_not(
         assert row["image"] == str(tmp_path / "first" / first[row["id"]]["uri"])
         assert (row["width"], row["prompt"]) == (256, first[row["id"]]["prompt"])
     with pytest.raises(JobError, match="no picture of an earlier run there"):
-        check(job(tmp_path / "x", {**source, "path": str(tmp_path)}, {"op": "upscale", "model": str(upscaler)}))
+        check(job(tmp_path / "x", {**source, "path": str(tmp_path / "y")}, {"op": "upscale", "model": str(upscaler)}))
