@@ -27,7 +27,7 @@ from pipelines.blocks import pack, with_results
 from pipelines.job import Sink
 from pipelines.latents import LatentDataset
 from pipelines.latents_file import LatentsHead
-from pipelines.planner import OWN_FIELDS
+from pipelines.row_table import OWN_FIELDS
 from pipelines.sink import ShardWriter
 from pipelines.storage import Store
 

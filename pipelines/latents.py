@@ -113,7 +113,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self.raw = raw
         self.buckets = find_buckets(self.store, storage_options)
         # Shared with DataLoader's workers: the epoch and batch to begin with, then each worker's finished epochs.
-        self._state = torch.zeros(2 + MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._state = torch.zeros(2 + MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # torch's own
         self._taken = 0
         self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._process = os.getpid()

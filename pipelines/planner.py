@@ -22,16 +22,16 @@ import pyarrow.parquet as pq
 
 from ldm_ops.describe import ModelFacts
 from pipelines import manifest
-from pipelines.blocks import RESULT_FIELDS
 from pipelines.chunk import Chunk
 from pipelines.commit import commit
 from pipelines.errors import JobError
 from pipelines.job import Job, digest
 from pipelines.loading import image_loader
 from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, same_settings
+from pipelines.row_table import OWN_FIELDS, has_negative, in_order, row_table
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
 from pipelines.source import read_source
-from pipelines.stages import ROW_PARAMETERS, SCALES
+from pipelines.stages import SCALES
 from pipelines.storage import Store, is_local
 from pipelines.weights import Weights, identify
 
@@ -44,30 +44,6 @@ AUTO_MAX_PIXEL_BYTES = 192 << 20
 BUCKET = ("height", "width", "num_inference_steps", "scheduler", "guidance_scale", "strength")
 """What must be equal inside one device batch; beside it, whether there is a negative prompt at all: some pipelines
 (SDXL) treat none and an empty one differently, and a row must not notice its neighbours."""
-
-OWN_FIELDS = [
-    pa.field("key", pa.string(), nullable=False),
-    pa.field("id", pa.string()),
-    pa.field("prompt", pa.string()),
-    pa.field("negative_prompt", pa.string()),
-    pa.field("seed", pa.int64()),
-    pa.field("height", pa.int32()),
-    pa.field("width", pa.int32()),
-    pa.field("num_inference_steps", pa.int32()),
-    pa.field("guidance_scale", pa.float64()),
-    pa.field("scheduler", pa.string()),
-    pa.field("strength", pa.float64()),
-    pa.field("image", pa.string()),
-    pa.field("mask_image", pa.string()),
-    pa.field("latents", pa.string()),
-    pa.field("image_version", pa.string()),
-    pa.field("source_uri", pa.string()),
-    pa.field("source_row", pa.int64()),
-    pa.field("problem", pa.string()),
-]
-LATER_FIELDS = ("num_duplicates", "batch", "shard")
-RESERVED = {f.name for f in [*manifest.SCHEMA, *OWN_FIELDS, *RESULT_FIELDS]} | set(LATER_FIELDS)
-"""Names that a column that passes through cannot keep."""
 
 
 @dataclass
@@ -210,7 +186,7 @@ class _Planner:
                     counts[row.key] = 1
                     fresh.append(row)
             if fresh:
-                tables.append(_table(chunk, fresh, self.resolver.used_columns()))
+                tables.append(row_table(chunk, fresh, self.resolver.used_columns()))
         if num_source_rows == 0:
             raise JobError(f"{_origin(self.job)}: the table has no rows; there is nothing to make")
         if num_wrong and self.job.source.on_bad_row == "refuse":
@@ -225,7 +201,7 @@ class _Planner:
         new: Plan | None = None
         buckets: list[dict[str, Any]] = []
         if table.num_rows:
-            table = _sorted(table)
+            table = in_order(table)
             duplicates = np.array([counts[key] - 1 for key in table["key"].to_pylist()], dtype=np.int32)
             table = table.append_column("num_duplicates", pa.array(duplicates))
             new, table, buckets = self._cut(table)
@@ -263,7 +239,7 @@ class _Planner:
         for name in BUCKET:
             codes = np.asarray(pc.fill_null(table[name].combine_chunks().dictionary_encode().indices, -1))
             change[1:] |= codes[1:] != codes[:-1]
-        negative = np.asarray(_has_negative(table))
+        negative = np.asarray(has_negative(table))
         change[1:] |= negative[1:] != negative[:-1]
         starts = np.flatnonzero(change)
         bucket = np.cumsum(change) - 1
@@ -341,67 +317,6 @@ def _cost(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def _origin(job: Job) -> str:
     return "source.rows" if job.source.rows is not None else f"source.path {job.source.path}"
-
-
-def _table(chunk: Chunk, rows: list[PlannedRow], used: set[str]) -> pa.Table:
-    columns: dict[str, Any] = {
-        "key": [row.key for row in rows],
-        "id": [row.id for row in rows],
-        **{name: [row.values[i] for row in rows] for i, name in enumerate(ROW_PARAMETERS)},
-        "source_uri": [chunk.uri] * len(rows),
-        "source_row": [chunk.first_row + row.source_index for row in rows],
-        "image_version": [row.image_version for row in rows],
-        "problem": [row.problem for row in rows],
-    }
-    arrays = [pa.array(columns[f.name], f.type) for f in OWN_FIELDS]
-    fields = list(OWN_FIELDS)
-    taken = RESERVED | set(chunk.columns)
-    for name, values in chunk.columns.items():
-        if name in used:
-            continue
-        array = _passed_through([values[row.source_index] for row in rows])
-        free = name
-        while free in taken and (free != name or name in RESERVED):
-            free = f"input.{free}"
-        fields.append(pa.field(free, array.type))
-        arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
-
-
-def _passed_through(values: list[Any]) -> pa.Array:
-    try:
-        array = pa.array(values)
-        if not _has_empty_struct(array.type):  # Parquet has no place for one.
-            return array
-    except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError):
-        pass
-    return manifest.as_text(values)
-
-
-def _has_empty_struct(type_: pa.DataType) -> bool:
-    if pa.types.is_struct(type_) and type_.num_fields == 0:
-        return True
-    return any(_has_empty_struct(type_.field(i).type) for i in range(type_.num_fields))
-
-
-def _sorted(table: pa.Table) -> pa.Table:
-    # Expensive rows first, so that the end of a run does not wait for one of them; the key makes the order total.
-    order = [("height", "descending"), ("width", "descending"), ("num_inference_steps", "descending")]
-    rest = [
-        ("guidance_scale", "descending"),
-        ("scheduler", "ascending"),
-        ("strength", "descending"),
-        ("negative", "ascending"),
-        # Latents that lie in one file are read together.
-        ("latents", "ascending"),
-        ("key", "ascending"),
-    ]
-    indices = pc.sort_indices(table.append_column("negative", _has_negative(table)), sort_keys=[*order, *rest])
-    return table.combine_chunks().take(indices)
-
-
-def _has_negative(table: pa.Table) -> Any:
-    return pc.fill_null(pc.not_equal(table["negative_prompt"], ""), False)
 
 
 def _known_keys(plans: list[Plan], store: Store) -> Iterator[str]:

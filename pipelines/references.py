@@ -65,7 +65,7 @@ class References:
             try:
                 if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a million rows go through here
                     return BadReference("is no file")
-                with open(path, "rb") as file:  # noqa: PTH123
+                with open(path, "rb") as file:  # noqa: PTH123 - as above
                     return hashlib.file_digest(file, "sha256").hexdigest()
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,8 +17,19 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ldm_ops.describe import PLAIN_UPSCALER, ModelFacts
-from ldm_ops.schedulers import is_flow, is_plain, scheduler_name
+from ldm_ops.describe import ModelFacts
+from pipelines.cells import (
+    MAX_ID_CHARS,
+    MAX_PROMPT_CHARS,
+    Wrong,
+    is_missing,
+    read_id,
+    read_number,
+    read_scheduler,
+    read_size,
+    read_strength,
+    read_text,
+)
 from pipelines.chunk import Chunk
 from pipelines.errors import JobError
 from pipelines.job import Job, digest
@@ -28,18 +38,12 @@ from pipelines.stages import ROW_PARAMETERS, AnyStage, output_settings, row_para
 from pipelines.weights import Weights
 
 PROTOCOL = 2
-MAX_ID_CHARS = 512
-MAX_PROMPT_CHARS = 100_000
 MAX_EXPANSION = 100_000
 
 BROUGHT = ("image", "mask_image", "latents")
 """Parameters that say where something lies."""
 
 _AT = {name: i for i, name in enumerate(ROW_PARAMETERS)}
-
-
-class Wrong(ValueError):
-    """A value that a row may not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,99 +59,6 @@ class PlannedRow:
     image_version: str | None = None
 
 
-def _missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def _text(name: str, limit: int) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if not isinstance(value, str):
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise Wrong(f"{name} is a {type(value).__name__}; expected text")
-            value = str(value)
-        if len(value) > limit:
-            raise Wrong(f"{name} has {len(value)} characters; at most {limit}")
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise Wrong(f"{name} holds half a surrogate pair, which is no text; write it again") from None
-        return str(value)
-
-    return read
-
-
-def _id(value: Any) -> str:
-    text = _text("id", MAX_ID_CHARS)(value)
-    if any(unicodedata.category(c) == "Cc" for c in text):
-        raise Wrong(f"id {text[:80]!r} holds a control character; use printable text")
-    return text
-
-
-def _number(name: str, low: float, high: float, whole: bool) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            if whole:
-                number: float = int(value) if isinstance(value, (int, str)) and "." not in str(value) else float(value)
-                if number != int(number):
-                    raise ValueError
-                number = int(number)
-            else:
-                number = float(value)
-        except (ValueError, TypeError, OverflowError):
-            shown = str(value)[:40]
-            raise Wrong(f"{name} {shown!r} is not a {'whole ' if whole else ''}number") from None
-        if not low <= number <= high:
-            raise Wrong(
-                f"{name} {number} is out of range; {low:g} to {high:g}"
-                if high < 2**62
-                else f"{name} {number} is out of range; 0 to 2^63 - 1"
-            )
-        return number
-
-    return read
-
-
-def _size(name: str, multiple: int) -> Callable[[Any], int]:
-    number = _number(name, multiple, 16384, whole=True)
-
-    def read(value: Any) -> int:
-        size = int(number(value))
-        if size % multiple:
-            below = size // multiple * multiple
-            raise Wrong(
-                f"{name} {size} is not a multiple of {multiple}; use {max(multiple, below)} or {below + multiple}"
-            )
-        return size
-
-    return read
-
-
-def _scheduler(facts: ModelFacts) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        try:
-            name = scheduler_name(str(value))
-        except ValueError as error:
-            raise Wrong(str(error)) from None
-        if facts.pipeline == PLAIN_UPSCALER and not is_plain(name):
-            raise Wrong(f"scheduler {name} does not fit {facts.pipeline}; use ddim, or leave it out")
-        if is_flow(name) != facts.flow_matching:
-            other = "flow-matching" if facts.flow_matching else "diffusion"
-            raise Wrong(f"scheduler {name} does not fit {facts.pipeline}, a {other} model; leave it out for its own")
-        return name
-
-    return read
-
-
-def _strength(value: Any) -> float:
-    number = float(_number("strength", 0, 1, whole=False)(value))
-    if number == 0:
-        raise Wrong("strength 0 would leave the image as it is; more than 0, at most 1")
-    return number
-
-
 class Resolver:
     """Everything about a job that turns a chunk of its table into planned rows.
 
@@ -161,15 +72,15 @@ class Resolver:
         self.takes = row_parameters(stage)
         self.references = References(source.storage_options)
         self.readers: dict[str, Callable[[Any], Any]] = {
-            "prompt": _text("prompt", MAX_PROMPT_CHARS),
-            "negative_prompt": _text("negative_prompt", MAX_PROMPT_CHARS),
-            "seed": _number("seed", 0, 2**63 - 1, whole=True),
-            "height": _size("height", facts.size_multiple),
-            "width": _size("width", facts.size_multiple),
-            "num_inference_steps": _number("num_inference_steps", 1, 1000, whole=True),
-            "guidance_scale": _number("guidance_scale", 0, 100, whole=False),
-            "scheduler": _scheduler(facts),
-            "strength": _strength,
+            "prompt": read_text("prompt", MAX_PROMPT_CHARS),
+            "negative_prompt": read_text("negative_prompt", MAX_PROMPT_CHARS),
+            "seed": read_number("seed", 0, 2**63 - 1, whole=True),
+            "height": read_size("height", facts.size_multiple),
+            "width": read_size("width", facts.size_multiple),
+            "num_inference_steps": read_number("num_inference_steps", 1, 1000, whole=True),
+            "guidance_scale": read_number("guidance_scale", 0, 100, whole=False),
+            "scheduler": read_scheduler(facts),
+            "strength": read_strength,
         }
         self.defaults: dict[str, Any] = {
             "prompt": getattr(stage, "prompt", None),
@@ -280,7 +191,7 @@ class Resolver:
                 self.references.prepare(chunk.base, raw[name] or ())
         for i in range(chunk.num_rows):
             try:
-                row_id = None if raw["id"] is None or _missing(raw["id"][i]) else _id(raw["id"][i])
+                row_id = None if raw["id"] is None or is_missing(raw["id"][i]) else read_id(raw["id"][i])
                 values = [self._value(name, raw[name], i) if name in self.takes else None for name in ROW_PARAMETERS]
                 for field, template in self.templates.items():
                     values[_AT[field]] = self._render(field, template, chunk, i)
@@ -324,7 +235,7 @@ class Resolver:
 
     def _wrong(self, chunk: Chunk, raw: dict[str, list[Any] | None], i: int, problem: str) -> PlannedRow:
         # Without empty cells: a column that another row brings along must not make this one a new row.
-        cells = {n: column[i] for n, column in sorted(chunk.columns.items()) if not _missing(column[i])}
+        cells = {n: column[i] for n, column in sorted(chunk.columns.items()) if not is_missing(column[i])}
         text = f"wrong\0{self.fixed}\0{json.dumps(cells, default=str)}"
         key = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
         readable = {
@@ -337,7 +248,7 @@ class Resolver:
 
     def _value(self, name: str, column: list[Any] | None, i: int) -> Any:
         value = None if column is None else column[i]
-        if _missing(value):
+        if is_missing(value):
             return self.defaults.get(name)
         if name in BROUGHT:
             return value
@@ -405,9 +316,9 @@ def _no_steps(values: list[Any]) -> str | None:
 def _check_later(i: int, stage: AnyStage, facts: ModelFacts) -> None:
     """What a row's own values are checked for in the first stage, of a later one's fields."""
     readers: dict[str, Callable[[Any], Any]] = {
-        "height": _size("height", facts.size_multiple),
-        "width": _size("width", facts.size_multiple),
-        "scheduler": _scheduler(facts),
+        "height": read_size("height", facts.size_multiple),
+        "width": read_size("width", facts.size_multiple),
+        "scheduler": read_scheduler(facts),
     }
     for name, read in readers.items():
         value = getattr(stage, name, None)

@@ -199,7 +199,7 @@ def train_unet(out: Path, steps: int, batch_size: int, cache: int, phase: Phase,
         *(sum(p.numel() for p in m.parameters()) / 1e6 for m in (unet, encoder)),
     )
     live = nn.ModuleList([unet, encoder])
-    smooth = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call]
+    smooth = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call] # torch's own
     average = torch.optim.swa_utils.AveragedModel(live, multi_avg_fn=smooth, use_buffers=True)
     optimizer = torch.optim.AdamW(live.parameters(), lr=phase.peak, betas=(0.9, 0.99), weight_decay=1e-2)
     alphas = noise_scheduler().alphas_cumprod.to(device)

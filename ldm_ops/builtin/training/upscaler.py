@@ -225,7 +225,7 @@ def train_unet(out: Path, steps: int, batch_size: int, cache: int, device: torch
     log.info("cached %d pairs, latents' std %.3f", len(latents), latents.float().std().item())
     unet = new_unet().to(device, memory_format=torch.channels_last)
     log.info("unet %.2f M parameters", sum(p.numel() for p in unet.parameters()) / 1e6)
-    smooth = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call]
+    smooth = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)  # type: ignore[no-untyped-call] # torch's own
     average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=smooth, use_buffers=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-2)
     alphas = noise_scheduler().alphas_cumprod.to(device)
