@@ -56,8 +56,19 @@ def describe(folder: Path) -> ModelFacts:
     """Read a folder in diffusers' layout.
 
     Raises:
-        NotAModel: no model_index.json, code of its own, or pickled weights without safetensors.
+        NotAModel: no model_index.json, code of its own, pickled weights without safetensors, a config of wrong types.
     """
+    try:
+        return _describe(folder)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        if isinstance(error, NotAModel):
+            raise
+        raise NotAModel(
+            f"{folder}: a config.json holds a value of the wrong type ({error}); download it again"
+        ) from None
+
+
+def _describe(folder: Path) -> ModelFacts:
     index = _read(folder / "model_index.json")
     alone = _read(folder / "config.json")
     if not index and alone.get("_class_name") == "AutoencoderKL":

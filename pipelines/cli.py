@@ -211,6 +211,7 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
         "num_duplicates": planned.num_duplicates,
         "num_known": planned.num_known,
         "num_wrong": planned.num_wrong,
+        "num_gone": planned.num_gone,
         "num_batches": planned.new.num_batches if planned.new else 0,
         "num_shards": planned.num_shards,
         "models": [
@@ -229,6 +230,8 @@ def _planned_text(planned: Planned) -> str:
         f"pictures   {planned.num_rows} ({planned.num_duplicates} duplicates made once, "
         f"{planned.num_known} planned before)",
     ]
+    if planned.num_gone:
+        lines.append(f"not here   {planned.num_gone} planned before and not in this table; they stay in the output")
     if planned.num_wrong:
         lines.append(f"wrong      {planned.num_wrong}, such as {planned.problems[0]}")
     if planned.new:
@@ -272,6 +275,8 @@ def _summary_text(path: Path, job: Job, summary: Summary) -> str:
     if summary.num_new_rows:
         lines.append(f"{summary.num_new_rows} pictures in {summary.duration_s:.1f} s ({summary.rows_per_s:.2f} rows/s)")
     lines.append(f"{out}: {_totals_text(totals)}")
+    if summary.num_gone:
+        lines.append(f"{summary.num_gone} of them were planned before and are not in this table; they stay")
     if summary.first_error:
         lines.append(f"first failure: {summary.first_error}")
     if summary.exit_code in (0, 3):

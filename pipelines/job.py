@@ -29,7 +29,7 @@ MatrixName = Literal[
 class Section(BaseModel):
     """Base of every part of a job file: unknown fields are errors, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64")
 
 
 class Source(Section):
@@ -51,6 +51,9 @@ class Source(Section):
     )
     matrix: dict[MatrixName, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description="every row is made with every combination of these values"
+    )
+    pass_through: Literal["all"] | list[str] = Field(
+        "all", description="columns that mean nothing to ldm-batch and go into the manifest; the others are left out"
     )
     on_bad_row: Literal["refuse", "fail"] = Field(
         "refuse", description="refuse the whole job, or record a wrong row as failed and make the others"
@@ -163,7 +166,7 @@ class Job(Section):
         sink = self.sink.model_dump(
             include={"format", "embed_metadata"} | ({"quality"} if self.sink.format == "jpeg" else set())
         )
-        source = self.source.model_dump(mode="json", include={"columns", "templates", "matrix"})
+        source = self.source.model_dump(mode="json", include={"columns", "templates", "matrix", "pass_through"})
         return flatten({"name": self.name, "seed": self.seed, "source": source, "stages": stages, "sink": sink})
 
 

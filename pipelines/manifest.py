@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.blocks import GEOMETRY, STAGE
-from pipelines.errors import NotWhole
+from pipelines.errors import NotWhole, StorageError
 from pipelines.storage import Store
 
 INTERMEDIATE = pa.struct(
@@ -192,14 +193,17 @@ def read_parts(store: Store, paths: Iterable[str]) -> list[tuple[str, PartHead, 
 
 
 def read_manifest(
-    path: str, columns: list[str] | None = None, storage_options: dict[str, object] | None = None
+    path: str | os.PathLike[str], columns: list[str] | None = None, storage_options: dict[str, object] | None = None
 ) -> pa.Table:
-    """Every manifest row under an output folder or URL, sorted by plan and shard.
+    """Every manifest row under an output folder or URL, sorted by plan and shard; empty before the first shard is done.
 
     Raises:
         NotWhole: a part is cut off.
+        StorageError: no such folder.
     """
-    store = Store(path, storage_options)
+    store = Store(os.fspath(path), storage_options)
+    if store.local is not None and not store.local.is_dir():
+        raise StorageError(f"{store.url}: no such folder; give the output of a job")
     parts = read_parts(store, part_names(store))
     tables = [pq.read_table(io.BytesIO(part), columns=columns).replace_schema_metadata(None) for _, _, part in parts]
     if not tables:

@@ -65,6 +65,8 @@ class Planned:
     buckets: list[dict[str, Any]]
     models: list[tuple[Weights, ModelFacts]]
     num_rows: int = 0
+    num_gone: int = 0
+    """Rows of earlier plans that this table does not hold; they stay part of the output."""
 
     @property
     def num_shards(self) -> int:
@@ -93,7 +95,7 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
         plans = read_plans(store)
         if plans and not extend and not any(same_settings(p.settings, planner.settings) for p in plans):
             refuse_other_job(store, plans[-1].settings, planner.settings)
-        planned = planner.plan(plans, store)
+        planned = planner.plan(plans, store, extend)
         if planned.new is None or planned.table is None:
             return planned
         # Before the claim: a crash in between must not leave a mark that says too much.
@@ -156,8 +158,13 @@ class _Planner:
             **{f"stages.{i}.model_revision": weights.revision for i, (weights, _) in enumerate(self.models)},
         }
 
-    def plan(self, plans: list[Plan], store: Store | None) -> Planned:
-        known = set(_known_keys(plans, store)) if store is not None else set()
+    def plan(self, plans: list[Plan], store: Store | None, extend: bool = False) -> Planned:
+        known: set[str] = set()
+        held_ids: set[str] = set()
+        for keys, held in _known(plans, store) if store is not None else ():
+            known.update(keys)
+            held_ids.update(held)
+        num_held = len(known)
         counts: dict[str, int] = {}
         ids: dict[str, str] = {}
         problems: list[str] = []
@@ -172,11 +179,14 @@ class _Planner:
                     num_wrong += 1
                     if len(problems) < MAX_PROBLEMS:
                         problems.append(f"{chunk.uri} row {chunk.first_row + row.source_index}: {row.problem}")
-                if row.id is not None and ids.setdefault(row.id, row.key) != row.key:
-                    raise JobError(
-                        f"{chunk.uri} row {chunk.first_row + row.source_index}: id {row.id[:80]!r} stands on another "
-                        "row with other content; ids must be unique"
-                    )
+                if row.id is not None:
+                    self._refuse_other_row(chunk, row, ids)
+                    if row.id in held_ids and row.key not in known and not extend:
+                        raise JobError(
+                            f"{chunk.uri} row {chunk.first_row + row.source_index}: id {row.id[:80]!r} is in "
+                            f"{self.job.sink.path} already, made from other content: give the row a new id, choose a "
+                            "new sink.path, or pass --extend to keep both"
+                        )
                 if row.key in counts:
                     counts[row.key] += 1
                 elif row.key in known:
@@ -186,7 +196,7 @@ class _Planner:
                     counts[row.key] = 1
                     fresh.append(row)
             if fresh:
-                tables.append(row_table(chunk, fresh, self.resolver.used_columns()))
+                tables.append(row_table(chunk, fresh, self.resolver.passing(chunk)))
         if num_source_rows == 0:
             raise JobError(f"{_origin(self.job)}: the table has no rows; there is nothing to make")
         if num_wrong and self.job.source.on_bad_row == "refuse":
@@ -196,7 +206,7 @@ class _Planner:
             )
         if num_wrong == num_pictures:
             raise JobError("\n".join(problems) + "\nno row can be made")
-        del ids, known
+        del ids, known, held_ids
         table = manifest.concat(tables) if tables else pa.schema(OWN_FIELDS).empty_table()
         new: Plan | None = None
         buckets: list[dict[str, Any]] = []
@@ -218,7 +228,16 @@ class _Planner:
             buckets=buckets,
             models=self.models,
             num_rows=len(counts),
+            num_gone=0 if self.limit else num_held - num_known,
         )
+
+    def _refuse_other_row(self, chunk: Chunk, row: PlannedRow, ids: dict[str, str]) -> None:
+        content = f"{row.key}{digest(row.cells)[:32]}" if row.cells else row.key
+        if ids.setdefault(str(row.id), content) != content:
+            raise JobError(
+                f"{chunk.uri} row {chunk.first_row + row.source_index}: id {str(row.id)[:80]!r} stands on another row "
+                "with other content; ids must be unique"
+            )
 
     def _limited(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         left = self.limit
@@ -319,12 +338,15 @@ def _origin(job: Job) -> str:
     return "source.rows" if job.source.rows is not None else f"source.path {job.source.path}"
 
 
-def _known_keys(plans: list[Plan], store: Store) -> Iterator[str]:
+def _known(plans: list[Plan], store: Store) -> Iterator[tuple[list[str], list[str]]]:
+    """(every key, the ids that name something makeable), file by file; a dead letter may be mended under its id."""
     for plan in plans:
         for file in sorted({shard.file for shard in plan.shards}):
             data = store.read(file)
             if data is not None:
-                yield from pq.read_table(io.BytesIO(data), columns=["key"])["key"].to_pylist()
+                table = pq.read_table(io.BytesIO(data), columns=["key", "id", "problem"])
+                ids = table.filter(pc.is_null(table["problem"]))["id"].drop_null()
+                yield table["key"].to_pylist(), ids.to_pylist()
 
 
 def _write_rows(store: Store, plan: Plan, table: pa.Table) -> None:

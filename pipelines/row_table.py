@@ -38,8 +38,8 @@ RESERVED = {f.name for f in [*manifest.SCHEMA, *OWN_FIELDS, *RESULT_FIELDS]} | s
 """Names that a column that passes through cannot keep."""
 
 
-def row_table(chunk: Chunk, rows: list[PlannedRow], used: set[str]) -> pa.Table:
-    """The rows of a chunk, with the columns that no parameter has `used`."""
+def row_table(chunk: Chunk, rows: list[PlannedRow], passing: list[tuple[str, list[Any]]]) -> pa.Table:
+    """The rows of a chunk, with the columns of it that pass through."""
     columns: dict[str, Any] = {
         "key": [row.key for row in rows],
         "id": [row.id for row in rows],
@@ -52,9 +52,7 @@ def row_table(chunk: Chunk, rows: list[PlannedRow], used: set[str]) -> pa.Table:
     arrays = [pa.array(columns[f.name], f.type) for f in OWN_FIELDS]
     fields = list(OWN_FIELDS)
     taken = RESERVED | set(chunk.columns)
-    for name, values in chunk.columns.items():
-        if name in used:
-            continue
+    for name, values in passing:
         array = _passed_through([values[row.source_index] for row in rows])
         free = name
         while free in taken and (free != name or name in RESERVED):

@@ -1,7 +1,8 @@
 """From columns as a person typed them to rows as a model takes them: defaults, checks, keys, seeds.
 
-A row's key is the sha256 of all that determines its picture; its seed, where none is given, follows from the job's seed
-and the row itself. Neither knows where in the table the row stands.
+A row's key is the sha256 of all that determines its picture, and of what tells the row from others: its id, or, where
+it has none, its columns that pass through. Its seed, where none is given, follows from the job's seed and the row
+itself. Neither knows where in the table the row stands.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pipelines.references import BadReference, References, box, locate
 from pipelines.stages import ROW_PARAMETERS, AnyStage, output_settings, row_parameters
 from pipelines.weights import Weights
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_EXPANSION = 100_000
 
 BROUGHT = ("image", "mask_image", "latents")
@@ -57,6 +58,8 @@ class PlannedRow:
     source_index: int
     problem: str | None = None
     image_version: str | None = None
+    cells: str = ""
+    """What passes through, as one text; two rows of one key and other cells contradict each other."""
 
 
 class Resolver:
@@ -163,6 +166,10 @@ class Resolver:
         for ours, theirs in self.job.source.columns.items():
             if first and theirs not in chunk.columns:
                 raise JobError(f"{chunk.uri}: source.columns.{ours}: no column {theirs!r}; the table has {there}")
+        if first and self.job.source.pass_through != "all":
+            for name in self.job.source.pass_through:
+                if name not in chunk.columns:
+                    raise JobError(f"{chunk.uri}: source.pass_through: no column {name!r}; the table has {there}")
         if first:
             for name in ("prompt", "image", "mask_image", "latents"):
                 needed = name in self.takes and name not in self.templates and self.defaults.get(name) is None
@@ -178,9 +185,15 @@ class Resolver:
             if self.column(name) in chunk.columns:
                 raise JobError(f"{chunk.uri}: {name} is a column and an axis of source.matrix; keep one")
 
-    def used_columns(self) -> set[str]:
-        """The table's columns that become parameters; all others pass through."""
-        return {self.column(name) for name in ("id", *self.takes)}
+    def passing(self, chunk: Chunk) -> list[tuple[str, list[Any]]]:
+        """The columns that go into the manifest as they are: what no parameter uses, or the job's choice of that."""
+        used = {self.column(name) for name in ("id", *self.takes)}
+        wanted = self.job.source.pass_through
+        return [
+            (name, column)
+            for name, column in chunk.columns.items()
+            if name not in used and (wanted == "all" or name in wanted)
+        ]
 
     def rows(self, chunk: Chunk) -> Iterator[PlannedRow]:
         """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
@@ -189,7 +202,9 @@ class Resolver:
         for name in ("image", "mask_image"):
             if raw.get(name) is not None and (name != "image" or chunk.versions is None):
                 self.references.prepare(chunk.base, raw[name] or ())
+        passing = self.passing(chunk)
         for i in range(chunk.num_rows):
+            cells = _cells_text(passing, i)
             try:
                 row_id = None if raw["id"] is None or is_missing(raw["id"][i]) else read_id(raw["id"][i])
                 values = [self._value(name, raw[name], i) if name in self.takes else None for name in ROW_PARAMETERS]
@@ -202,7 +217,7 @@ class Resolver:
             except Wrong as error:
                 yield self._wrong(chunk, raw, i, str(error))
                 continue
-            yield from self._expand(row_id, values, versions, i)
+            yield from self._expand(row_id, values, versions, i, cells)
 
     def _place(self, chunk: Chunk, values: list[Any], i: int) -> list[str]:
         """Put where an image lies in place of what the table says; return its version, which the key holds instead."""
@@ -234,9 +249,8 @@ class Resolver:
         return versions
 
     def _wrong(self, chunk: Chunk, raw: dict[str, list[Any] | None], i: int, problem: str) -> PlannedRow:
-        # Without empty cells: a column that another row brings along must not make this one a new row.
-        cells = {n: column[i] for n, column in sorted(chunk.columns.items()) if not is_missing(column[i])}
-        text = f"wrong\0{self.fixed}\0{json.dumps(cells, default=str)}"
+        cells = _cells_text(list(chunk.columns.items()), i)
+        text = f"wrong\0{self.fixed}\0{cells}"
         key = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
         readable = {
             name: column[i][:MAX_ID_CHARS].encode("utf-8", "replace").decode()
@@ -244,7 +258,7 @@ class Resolver:
             if (column := raw.get(name)) is not None and isinstance(column[i], str)
         }
         values = tuple(readable.get(name) for name in ROW_PARAMETERS)
-        return PlannedRow(key, readable.get("id") or None, values, i, problem)
+        return PlannedRow(key, readable.get("id") or None, values, i, problem, cells=cells)
 
     def _value(self, name: str, column: list[Any] | None, i: int) -> Any:
         value = None if column is None else column[i]
@@ -272,12 +286,15 @@ class Resolver:
             cells = {name: column[i] for name, column in chunk.columns.items()}
             text = template.render({name: cell for name, cell in cells.items() if cell is not None})
         except UndefinedError as error:
-            raise Wrong(f"template {field}: {error} in this row; the table has {', '.join(chunk.columns)}") from None
+            there = ", ".join(list(chunk.columns)[:12])
+            raise Wrong(f"template {field}: {error} in this row; the table has {there}") from None
         except Exception as error:  # noqa: BLE001 - a template can raise whatever Python can
             raise Wrong(f"template {field}: {error}") from None
         return str(self.readers[field](text))
 
-    def _expand(self, row_id: str | None, values: list[Any], versions: list[str], i: int) -> Iterator[PlannedRow]:
+    def _expand(
+        self, row_id: str | None, values: list[Any], versions: list[str], i: int, cells: str
+    ) -> Iterator[PlannedRow]:
         several = len(self.combinations) * self.images > 1
         where = {name: values[_AT[name]] for name in BROUGHT}
         n = 0
@@ -298,12 +315,16 @@ class Resolver:
                     made[_AT["seed"]] = derived_seed(seed, "", image)
                 own_id = f"{row_id}#{n}" if several and row_id is not None else row_id
                 n += 1
-                text = json.dumps([self.fixed, own_id, *made, versions], ensure_ascii=False, separators=(",", ":"))
+                # A row with an id stays itself when a note beside it changes.
+                told_by = cells if own_id is None else own_id
+                text = json.dumps(
+                    [self.fixed, own_id is None, told_by, *made, versions], ensure_ascii=False, separators=(",", ":")
+                )
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 for name, place in where.items():
                     made[_AT[name]] = place
                 version = versions[0] if where["image"] is not None else None
-                yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made), version)
+                yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made), version, cells)
 
 
 def _no_steps(values: list[Any]) -> str | None:
@@ -331,6 +352,14 @@ def _check_later(i: int, stage: AnyStage, facts: ModelFacts) -> None:
     problem = _no_steps(values)
     if problem is not None:
         raise JobError(f"stages.{i}.strength: {problem}")
+
+
+def _cells_text(columns: Sequence[tuple[str, list[Any]]], i: int) -> str:
+    """Row `i` of the columns as text, without empty cells: a column that only other rows fill changes nothing."""
+    if not columns:
+        return ""
+    cells = {name: column[i] for name, column in columns if not is_missing(column[i])}
+    return json.dumps(cells, default=str, sort_keys=True) if cells else ""
 
 
 def derived_seed(job_seed: int, identity: str, image: int) -> int:

@@ -49,12 +49,16 @@ CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the fi
 
 @dataclass
 class Summary:
-    """How a run ended. `rows_per_s` is over the rows that this run committed and its whole time, loading included."""
+    """How a run ended. `num_gone` rows were planned before and are not in the table now.
+
+    `rows_per_s` is over the rows that this run committed and its whole time, loading included.
+    """
 
     run_id: str
     output: str
     exit_code: int
     num_duplicates: int
+    num_gone: int
     num_new_rows: int
     duration_s: float
     rows_per_s: float
@@ -140,6 +144,7 @@ def _run(
         output=store.url,
         exit_code=code,
         num_duplicates=planned.num_duplicates,
+        num_gone=planned.num_gone,
         num_new_rows=rows,
         duration_s=round(duration, 3),
         rows_per_s=round(rows / duration, 3) if rows else 0.0,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -77,7 +78,11 @@ def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
     kind = source.format
     if kind == "auto":
         # A compressed table keeps its own ending: prompts.csv.gz.
-        suffixes = [s for s in PurePosixPath(uri).suffixes if s not in (".gz", ".bz2", ".xz")]
+        suffixes = [
+            s
+            for s in PurePosixPath(urlsplit(uri).path if "://" in uri else uri).suffixes
+            if s not in (".gz", ".bz2", ".xz")
+        ]
         suffix = suffixes[-1].lower() if suffixes else ""
         if suffix not in FORMATS:
             raise JobError(

@@ -186,6 +186,10 @@ class Store:
             options = {"use_listings_cache": False, **options}
             try:
                 self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+            except TypeError as error:
+                raise StorageError(
+                    f"{self.url}: storage_options: {error}; see fsspec's options for {protocol}"
+                ) from None
             except (ImportError, ValueError) as error:
                 raise StorageError(f"{self.url}: {error}; use a path, s3://… or another fsspec URL") from None
             if protocol == "s3":
@@ -226,6 +230,8 @@ class Store:
             response = getattr(cause, "response", None)
             code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
             cause = cause.__cause__ or cause.__context__
+        if isinstance(error, TypeError):
+            return StorageError(f"{self.url}: storage_options: {text}; see the options of fsspec's client for it")
         if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"):
             return StorageError(
                 f"{self.url}: {text}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or storage_options"
@@ -296,7 +302,12 @@ def expand(url: str, storage_options: dict[str, Any]) -> Iterator[str]:
     Raises:
         StorageError: the store refuses.
     """
-    if not any(c in url for c in "*?[") or (is_local(url) and _is_there(url.removeprefix("file://"))):
+    # In a web address a question mark begins the query.
+    if (
+        not any(c in url for c in "*?[")
+        or url.startswith(("http://", "https://"))
+        or (is_local(url) and _is_there(url.removeprefix("file://")))
+    ):
         yield url
         return
     if is_local(url):

@@ -62,6 +62,75 @@ def test_exact_duplicates_are_made_once_and_counted(make_job: MakeJob) -> None:
     assert sorted((r["prompt"], r["num_duplicates"]) for r in planned_rows(planned)) == [("a", 0), ("a", 2), ("b", 0)]
 
 
+def test_rows_that_differ_only_in_a_column_that_passes_through_are_both_made(make_job: MakeJob) -> None:
+    rows = [{"prompt": "a", "sku": "1"}, {"prompt": "a", "sku": "2"}, {"prompt": "a", "sku": "1"}, {"prompt": "a"}]
+    planned = check(make_job(source={"rows": rows}))
+    made = planned_rows(planned)
+    assert sorted((r["sku"] or "", r["num_duplicates"]) for r in made) == [("", 0), ("1", 1), ("2", 0)]
+    # One prompt, so one picture, whatever the note beside it says.
+    assert len({r["seed"] for r in made}) == 1
+    backwards = check(make_job(source={"rows": rows[::-1]}))
+    assert {r["key"] for r in planned_rows(backwards)} == {r["key"] for r in made}
+
+
+def test_a_column_that_the_job_leaves_out_tells_no_rows_apart(make_job: MakeJob) -> None:
+    rows = [{"prompt": "a", "sku": "1", "seen": 3}, {"prompt": "a", "sku": "1", "seen": 4}]
+    (row,) = planned_rows(check(make_job(source={"rows": rows, "pass_through": ["sku"]})))
+    assert (row["sku"], row["num_duplicates"], "seen" in row) == ("1", 1, False)
+    (row,) = planned_rows(check(make_job(source={"rows": rows, "pass_through": []})))
+    assert (row["num_duplicates"], "sku" in row) == (1, False)
+    with pytest.raises(JobError, match=r"source.pass_through: no column 'sko'; the table has 'prompt', "):
+        check(make_job(source={"rows": rows, "pass_through": ["sko"]}))
+
+
+def test_a_row_with_an_id_stays_itself_when_a_note_beside_it_changes(make_job: MakeJob, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("id,prompt,note\n1,a,old\n")
+    job = make_job(source={"path": str(table)})
+    plan(job)
+    table.write_text("id,prompt,note\n1,a,new\n")
+    assert plan(job).new is None
+    table.write_text("id,prompt,note\n1,a,new\n1,a,newer\n")
+    with pytest.raises(JobError, match="row 2: id '1' stands on another row with other content"):
+        check(job)
+
+
+def test_a_mended_prompt_under_a_planned_id_is_told_and_not_lost(make_job: MakeJob, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("id,prompt\n1,a rde ring\n2,b\n")
+    job = make_job(source={"path": str(table)})
+    plan(job)
+    table.write_text("id,prompt\n1,a red ring\n2,b\n")
+    with pytest.raises(
+        JobError, match=r"row 1: id '1' is in .*out already, made from other content: give the row a new"
+    ):
+        plan(job)
+    extended = plan(job, extend=True)
+    assert [r["prompt"] for r in planned_rows(extended)] == ["a red ring"]
+    assert extended.num_gone == 1
+    assert plan(job).new is None
+
+
+def test_a_dead_letter_is_mended_under_its_own_id(make_job: MakeJob, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("id,prompt,height\n1,a,7\n2,b,64\n")
+    job = make_job(source={"path": str(table), "on_bad_row": "fail"})
+    assert plan(job).num_wrong == 1
+    table.write_text("id,prompt,height\n1,a,64\n2,b,64\n")
+    assert [r["id"] for r in planned_rows(plan(job))] == ["1"]
+
+
+def test_rows_taken_out_of_a_planned_table_are_counted(make_job: MakeJob) -> None:
+    plan(make_job(source={"rows": ["a", "b", "c"]}))
+    assert plan(make_job(source={"rows": ["b"]})).num_gone == 2
+    assert plan(make_job(source={"rows": ["a", "b", "c"]}), limit=1).num_gone == 0
+
+
+def test_bytes_may_pass_through(make_job: MakeJob) -> None:
+    (row,) = planned_rows(plan(make_job(source={"rows": [{"prompt": "a", "icon": b"\xff\x00"}]})))
+    assert row["icon"] == b"\xff\x00"
+
+
 def test_a_seed_follows_from_the_row_and_not_from_its_place(make_job: MakeJob) -> None:
     seeds = {r["prompt"]: r["seed"] for r in planned_rows(check(make_job(seed=3, source={"rows": ["a", "b"]})))}
     again = {r["prompt"]: r["seed"] for r in planned_rows(check(make_job(seed=3, source={"rows": ["c", "b", "a"]})))}

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.errors import JobError
+from pipelines.errors import JobError, StorageError
 from pipelines.job import Source
 from pipelines.source import read_source
 
@@ -147,3 +147,9 @@ def test_a_folder_may_have_brackets_links_and_dead_links(tmp_path: Path) -> None
     ]
     twice = rows(path=[str(folder / "below"), str(tmp_path / "other")])
     assert len({row["id"] for row in twice}) == 2
+
+
+def test_a_wrong_storage_option_is_told_at_once(tmp_path: Path) -> None:
+    source = Source(path="s3://bucket/t.csv", storage_options={"nonsense": 1})
+    with pytest.raises((JobError, StorageError), match="storage_options: .*nonsense"):
+        list(read_source(source))
