@@ -103,11 +103,11 @@ def train_vqvae(out: Path, steps: int, batch_size: int, device: torch.device) ->
     torch.manual_seed(11)
     rng = np.random.default_rng(11)
     vqvae = new_vqvae().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vqvae.parameters(), lr=6e-4, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vqvae.parameters(), lr=3e-4, betas=(0.9, 0.99), weight_decay=1e-4)
     start = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 6e-4)
+            group["lr"] = learning_rate(step, steps, 3e-4)
         late = step >= steps * 3 // 4
         size_px, count = (LARGE_CROP_PX, batch_size // 4) if late else (CROP_PX, batch_size)
         images = to_BCHW(crops(rng, count, size_px), device)
