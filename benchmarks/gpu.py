@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --device cpu --shrink 8      # only to see that it runs
 
 Needs neither Ray nor a network. Each op and its peer, the bare diffusers call with the same arguments, take turns in
-one process on weights of their own; FLOPs are counted by torch on the peer's call (one multiply-add is two), and the peak
-is a bf16 product of 8192 × 8192 matrices in the same run.
+one process on weights of their own; FLOPs are counted by torch on the peer's call (one multiply-add is two), and the
+peak is a bf16 product of 8192 × 8192 matrices in the same run.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", choices=("vqvae", "unet", "export"))
-    parser.add_argument("--vqvae-steps", type=int, default=5000)
+    parser.add_argument("--vqvae-steps", type=int, default=4000)
     parser.add_argument("--vqvae-batch", type=int, default=16)
     parser.add_argument("--unet-steps", type=int, default=3000)
     parser.add_argument("--unet-batch", type=int, default=24)
