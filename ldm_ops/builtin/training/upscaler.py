@@ -21,12 +21,14 @@ from ldm_ops.builtin.training.degrade import SCALE, scene, shrink, wear
 log = logging.getLogger("train_shapes_x4")
 
 CODES = 8192
-SCENES = 0.5  # share of training crops; the rest are captioned drawings
-CROP_PX = 64  # three quarters of the autoencoder's training: many small crops teach more than few large ones
-LARGE_CROP_PX = 128  # the last quarter, and the U-Net's
+SCENES = 0.25  # share of training crops; the rest are captioned drawings
+CROP_PX = 64  # the autoencoder's: many small crops teach more than few large ones
+LARGE_CROP_PX = 128  # the end of the autoencoder's training, and the U-Net's
 VQ_CHANNELS = (16, 48, 64)
 UNET_CHANNELS = (48, 64, 96)
-VQ_WARMUP = 600  # steps as a plain autoencoder, before the codebook is laid over its latents
+PULL_STEPS = 600  # at the beginning, in which latents are pulled towards the small picture
+LATENT_NOISE = 0.05  # of the latents' deviation, in place of a codebook, whose search costs twice the rest
+CODEBOOK_STEPS = 0.12  # share of the steps at the end, with the codebook
 PLAIN_SHARE = 0.5  # of the small pictures that are only shrunk, not worn
 
 
@@ -69,13 +71,13 @@ def new_vqvae() -> VQModel:
 
 
 @torch.inference_mode()
-def vq_psnr(vqvae: VQModel, device: torch.device, count: int = 40) -> float:
+def vq_psnr(vqvae: VQModel, device: torch.device, quantized: bool, count: int = 40) -> float:
     _, held_out = split()
     rng = np.random.default_rng(EVAL_SEED)
     errors = []
     for _ in range(count // 10):
         images = to_BCHW([draw(c, rng, SCALE) for c in choose(held_out, rng, 10)], device)
-        again = vqvae.decode(vqvae.encode(images).latents).sample.clamp(-1, 1)
+        again = vqvae.decode(vqvae.encode(images).latents, force_not_quantize=not quantized).sample.clamp(-1, 1)
         errors.append(((again - images) / 2).square().mean().item())
     return -10 * math.log10(float(np.mean(errors)))
 
@@ -100,35 +102,39 @@ def lay_codebook(vqvae: VQModel, latents: Tensor) -> None:
 
 
 def train_vqvae(out: Path, steps: int, batch_size: int, device: torch.device) -> None:
+    """Most steps as a plain autoencoder under a little noise; then a codebook is laid over the latents, and used."""
     torch.manual_seed(11)
     rng = np.random.default_rng(11)
     vqvae = new_vqvae().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vqvae.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-4)
+    laid_at = steps - int(steps * CODEBOOK_STEPS)
     start = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 5e-4)
-        late = step >= steps * 3 // 4
+            group["lr"] = learning_rate(step, steps, 6e-4)
+        late = step >= laid_at
         size_px, count = (LARGE_CROP_PX, batch_size // 4) if late else (CROP_PX, batch_size)
         images = to_BCHW(crops(rng, count, size_px), device)
-        if step == VQ_WARMUP:
+        if step == laid_at:
             with torch.no_grad():
                 batches = [to_BCHW(crops(rng, batch_size, CROP_PX), device) for _ in range(16)]
                 lay_codebook(vqvae, torch.cat([vqvae.encode(batch).latents for batch in batches]))
         with torch.autocast(device.type, torch.bfloat16):
             latents = vqvae.encode(images).latents
         latents = latents.float()
-        # Latents that begin as the small picture: without, half of all beginnings never learn more than one color axis.
-        commitment = (latents - nn.functional.avg_pool2d(images, SCALE)).square().mean()
-        if step >= VQ_WARMUP:
-            quantized, loss_vq, _ = vqvae.quantize(latents)
-            commitment = 0.25 * loss_vq
+        bound = latents.new_zeros(())
+        if late:
+            given, loss_vq, _ = vqvae.quantize(latents)
+            bound = 0.25 * loss_vq
         else:
-            quantized = latents
+            given = latents + LATENT_NOISE * latents.std().detach() * torch.randn_like(latents)
+        if step < PULL_STEPS:
+            # Without, half of all beginnings never learn more than one axis of color.
+            bound = (latents - nn.functional.avg_pool2d(images, SCALE)).square().mean()
         with torch.autocast(device.type, torch.bfloat16):
-            again = vqvae.decoder(vqvae.post_quant_conv(quantized))
+            again = vqvae.decoder(vqvae.post_quant_conv(given))
         error = again.float() - images
-        loss = error.abs().mean() + 2 * error.square().mean() + commitment
+        loss = error.abs().mean() + 2 * error.square().mean() + bound
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vqvae.parameters(), 1.0)
         optimizer.step()
@@ -136,12 +142,12 @@ def train_vqvae(out: Path, steps: int, batch_size: int, device: torch.device) ->
         if (step + 1) % 250 == 0 or step + 1 == steps:
             vqvae.eval()
             log.info(
-                "vq %d/%d  loss %.4f  commitment %.5f  held-out %.2f dB  %.0f crops/s",
+                "vq %d/%d  loss %.4f  held-out %.2f dB%s  %.0f crops/s",
                 step + 1,
                 steps,
                 loss.item(),
-                float(commitment.detach()),
-                vq_psnr(vqvae, device),
+                vq_psnr(vqvae, device, quantized=late),
+                "" if late else " without a codebook",
                 count / ((time.monotonic() - start) / (step + 1)),
             )
             vqvae.train()
