@@ -47,6 +47,7 @@ _INTERNAL = {
     "image_version",
     "pixels",
     "mask_pixels",
+    "control_pixels",
     "latents_data",
     "kept",
     "intermediates",
