@@ -72,9 +72,8 @@ def check_lora(shapes: Shapes, model: Path) -> None:
         Unfit: no LoRA, one of another architecture, or of other sizes.
     """
     if not any("lora" in name.lower() for name in shapes):
-        raise Unfit(
-            f"holds no LoRA, its first tensor is {next(iter(shapes), 'none')}; LoHa, LoKr and whole models are not"
-        )
+        first = next(iter(shapes), "none")
+        raise Unfit(f"holds no LoRA, its first tensor is {first}; LoHa, LoKr and whole models are none")
     pipeline = _config(model / "model_index.json").get("_class_name")
     is_unet = (model / "unet").is_dir()
     other = _OF_TRANSFORMERS if is_unet else _OF_UNETS
@@ -101,9 +100,7 @@ def check_lora(shapes: Shapes, model: Path) -> None:
         if is_down and re.search(r"attn2[._]to_[kv]$", module) and isinstance(text_width, int):
             size = text_width
         if shape[at] != size:
-            raise Unfit(
-                f"{name} has {shape[at]} channels, the model ({pipeline}) {size} there; it is for another model"
-            )
+            raise Unfit(f"is for another model: {name} has {shape[at]} channels, {pipeline} has {size} there")
 
 
 def check_embedding(shapes: Shapes, model: Path, stem: str, token: str | None) -> str:
@@ -131,7 +128,7 @@ def check_embedding(shapes: Shapes, model: Path, stem: str, token: str | None) -
         if shapes[name][-1] != width or len(shapes[name]) > 2:
             raise Unfit(f"{name} is of width {shapes[name][-1]}, the text encoder of {pipeline} of {width}")
     token = token or (stem if names[0] in ("clip_l", "emb_params", "*") else names[0])
-    if token in _config(model / "tokenizer" / "vocab.json"):
+    if token in _words(model / "tokenizer"):
         raise Unfit(f"its token {token!r} is a word of the tokenizer already; give another with token:")
     return token
 
@@ -143,9 +140,10 @@ def check_vae(folder: Path, model: Path) -> None:
         Unfit: no AutoencoderKL, or one with other latents.
     """
     own, other = (_config(vae_folder(place) / "config.json") for place in (model, folder))
-    for config, whose in ((other, "it"), (own, "the model's own")):
+    for config, whose in ((other, "is"), (own, "cannot stand in for")):
         if config.get("_class_name") != "AutoencoderKL":
-            raise Unfit(f"{whose} is a {config.get('_class_name', 'folder without a vae')}; both must be AutoencoderKL")
+            found = config.get("_class_name", "folder without an autoencoder")
+            raise Unfit(f"{whose} a {found}; the model's own and the other must be AutoencoderKL")
     if not any(vae_folder(folder).glob("*.safetensors")):
         raise Unfit("holds no *.safetensors; save it with save_pretrained(safe_serialization=True)")
     for what, ours, theirs in (
@@ -153,7 +151,7 @@ def check_vae(folder: Path, model: Path) -> None:
         ("pixels a latent", _factor(own), _factor(other)),
     ):
         if ours != theirs:
-            raise Unfit(f"has {theirs} {what}, the model's own {ours}; it is for another model")
+            raise Unfit(f"is for another model: it has {theirs} {what}, the model's own {ours}")
 
 
 def check_controlnet(folder: Path, model: Path, op: str) -> None:
@@ -173,12 +171,19 @@ def check_controlnet(folder: Path, model: Path, op: str) -> None:
     unet = _config(model / "unet" / "config.json")
     for name in ("cross_attention_dim", "block_out_channels", "addition_embed_type"):
         if config.get(name) != unet.get(name):
-            raise Unfit(f"has {name} {config.get(name)}, the model's U-Net {unet.get(name)}; it is for another model")
+            raise Unfit(f"is for another model: {name} is {config.get(name)}, the model's U-Net has {unet.get(name)}")
 
 
 def vae_folder(folder: Path) -> Path:
     """Where a folder's autoencoder is: beside the other parts of a pipeline, or alone."""
     return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
+def _words(tokenizer: Path) -> set[str]:
+    """All that a tokenizer knows, as its files of either kind say."""
+    whole = _config(tokenizer / "tokenizer.json")
+    added = {one.get("content") for one in whole.get("added_tokens") or ()}
+    return {*_config(tokenizer / "vocab.json"), *((whole.get("model") or {}).get("vocab") or ()), *added}
 
 
 def _factor(config: dict[str, Any]) -> int:
