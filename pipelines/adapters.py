@@ -27,6 +27,7 @@ from ldm_ops.adapter_files import (
 )
 from ldm_ops.adapters import Adapters, Loras
 from ldm_ops.describe import PICKLED, ModelFacts
+from ldm_ops.op import RowRefused
 from pipelines.cells import Wrong
 from pipelines.errors import JobError, StorageError
 from pipelines.references import BadReference, locate, split
@@ -134,11 +135,11 @@ class StageAdapters:
         def folder(weights: Weights | None) -> tuple[Path, str | None] | None:
             return None if weights is None else (fetch(weights), weights.variant)
 
-        return Adapters(
-            folder(self.vae),
-            folder(self.controlnet),
-            tuple((token, fetch_file(file)) for token, file in self.textual_inversion),
-        )
+        try:
+            tokens = tuple((token, fetch_file(file)) for token, file in self.textual_inversion)
+        except Unfit as error:
+            raise StorageError(str(error)) from None
+        return Adapters(folder(self.vae), folder(self.controlnet), tokens)
 
 
 def identify_adapters(i: int, stage: AnyStage, facts: ModelFacts, storage_options: dict[str, Any]) -> StageAdapters:
@@ -296,17 +297,23 @@ class LoraShelf:
         """Files and scales, in the row's order.
 
         Raises:
-            StorageError: one is not to be had, or is another by now.
+            RowRefused: the row's own file is gone, or another by now.
+            StorageError: one of the job's is, or a store does not answer.
         """
         names = lora.split(AND) if lora is not None else []
         return tuple(
-            (fetch_file(self._file(name, content)), weight)
+            (self._fetch(name, content), weight)
             for name, (content, weight) in zip(names, self.adapters.effective(lora, revision, scale), strict=True)
         )
 
-    def _file(self, name: str, content: str) -> AdapterFile:
+    def _fetch(self, name: str, content: str) -> Path:
         named = self.adapters.loras.get(name)
-        return named or AdapterFile(name, content, name, storage_options=self.adapters.storage_options)
+        try:
+            return fetch_file(named or AdapterFile(name, content, name, storage_options=self.adapters.storage_options))
+        except Unfit as error:
+            if named is None:
+                raise RowRefused("lora.changed", str(error)) from None
+            raise StorageError(str(error)) from None
 
 
 def find_file(reference: FileReference, default_name: str, storage_options: dict[str, Any]) -> tuple[AdapterFile, Path]:
@@ -356,7 +363,8 @@ def fetch_file(file: AdapterFile) -> Path:
     """The file on this node, with the content that was planned. Safe to call from many processes at once.
 
     Raises:
-        StorageError: it is not to be had, or is another by now.
+        Unfit: it is gone, or another by now.
+        StorageError: the hub or the store does not answer.
     """
     repository, at, rest = file.location.partition("@")
     try:
@@ -366,15 +374,15 @@ def fetch_file(file: AdapterFile) -> Path:
         elif is_local(file.location):
             path = Path(file.location.removeprefix("file://"))
             if not path.is_file():
-                raise StorageError(f"{file.location} is not on this node; use s3://… or a hub id")
+                raise Unfit(f"{file.location} is not on this node; put it back, or use s3://… or a hub id")
         else:
             path = _cached(file.sha256)
             if not path.exists():
                 path = _local_copy(file.location, file.storage_options)
-    except (JobError, Unfit) as error:
-        raise StorageError(f"{file.location}: {error}") from None
+    except JobError as error:
+        raise StorageError(str(error)) from None
     if file_digest(path) != file.sha256:
-        raise StorageError(f"{file.location} is another file than when the plan was made; put it back, or plan again")
+        raise Unfit(f"{file.location} is another file than when the plan was made; put it back, or plan again")
     return path
 
 

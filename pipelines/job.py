@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipelines.errors import JobError
-from pipelines.stages import STAGES, AnyStage, Pool, RowParameter, Stage, not_output
+from pipelines.stages import REFERENCES, STAGES, AnyStage, Pool, RowParameter, Stage, not_output
 from pipelines.yaml_file import Document, override, read_yaml
 
 SCHEMA_HEADER = "# yaml-language-server: $schema="
@@ -272,6 +272,8 @@ def _allowed(document: Document, loc: tuple[str | int, ...]) -> list[str]:
         return list(Source.model_fields)
     if loc[0] == "sink" and len(loc) > 1:
         return list(Sink.model_fields)
+    if loc[0] == "stages" and len(loc) > 3 and loc[2] in REFERENCES:
+        return list(REFERENCES[str(loc[2])].model_fields)
     if loc[0] == "stages" and len(loc) > 2:
         return sorted(STAGES[document.data["stages"][loc[1]]["op"]].model_fields)
     return list(Job.model_fields)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest
-from pipelines.adapters import ADAPTERS, StageAdapters, adapter_settings, identify_adapters
+from pipelines.adapters import ADAPTERS, AND, StageAdapters, adapter_settings, identify_adapters
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
 from pipelines.errors import (
     EXIT_DEAD_LETTERS,
@@ -244,11 +244,13 @@ def refuse_local_images(store: Store, shard: Shard) -> None:
     if sum(node["Alive"] for node in ray.nodes()) < 2:
         return
     rows = read_shard(store, shard.file, shard.row_group)
-    for name in ("image", "mask_image", "control_image", "latents"):
-        where = next((w for w in rows[name].to_pylist() if w is not None and w.startswith("/")), None)
+    for name in ("image", "mask_image", "control_image", "latents", "lora"):
+        said = (value for value in rows[name].to_pylist() if value is not None)
+        places = (place for value in said for place in (value.split(AND) if name == "lora" else [value]))
+        where = next((place for place in places if place.startswith("/")), None)
         if where is not None:
             raise JobError(
-                f"{name} {where} is a file of one machine, the cluster has several nodes; put the images on s3://… and "
+                f"{name} {where} is a file of one machine, the cluster has several nodes; put the files on s3://… and "
                 "the like, or name them file:///… where all nodes share the folder"
             )
 

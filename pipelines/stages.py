@@ -150,6 +150,14 @@ AnyLora = Annotated[LoraReference, BeforeValidator(_as_mapping, json_schema_inpu
 AnyEmbedding = Annotated[
     EmbeddingReference, BeforeValidator(_as_mapping, json_schema_input_type=str | EmbeddingReference)
 ]
+REFERENCES: dict[str, type[BaseModel]] = {
+    "vae": Reference,
+    "controlnet": Reference,
+    "textual_inversion": EmbeddingReference,
+    "loras": LoraReference,
+}
+"""What stands in the fields of a stage that name other weights than its model."""
+
 LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 
 

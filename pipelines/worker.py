@@ -89,7 +89,7 @@ class Worker:
             try:
                 row = self.place.row(planned)
                 row["loras"] = self.loras.take(row["lora"], row["lora_revision"], row["lora_scale"])
-            except BadImage as error:
+            except (BadImage, RowRefused) as error:
                 results[i] |= self._done(planned, failure(self.op, error))
                 continue
             buckets.setdefault(self.op.bucket(row), []).append((i, row))

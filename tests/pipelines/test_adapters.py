@@ -18,10 +18,16 @@ from PIL import Image
 
 from ldm_ops.adapters import Adapters
 from ldm_ops.img2img import Img2Img
+from pipelines.blocks import with_results
 from pipelines.errors import JobError, LdmError
 from pipelines.job import Job, parse_job
+from pipelines.loading import image_loader
 from pipelines.planner import check, plan
-from pipelines.runner import run
+from pipelines.plans import read_shard
+from pipelines.runner import plan_adapters, run
+from pipelines.storage import Store
+from pipelines.weights import identify
+from pipelines.worker import Place, Worker
 from tests import models
 from tests.ldm_ops.rows import picture
 from tests.pipelines import reader
@@ -238,6 +244,12 @@ def test_other_adapters_on_the_same_output_are_another_job(
         ({"loras": {"a": "org/name"}}, "needs `revision:`"),
         ({"loras": {"a": {"model": "{ink}", "revision": "v1"}}}, "is no hub id"),
         ({"loras": {"a b": "{ink}"}}, "stages.0.loras.a b"),
+        (
+            {"loras": {"a": {"model": "{ink}", "weight": 2}}},
+            "stages.0.loras.a.weight: unknown field; did you mean weight_n",
+        ),
+        ({"lora": "https://example.org/a.safetensors"}, "is behind https"),
+        ({"loras": {"a": {"model": "{ink}", "weight_name": "b"}}}, "leave weight_name out"),
         ({"loras": {"none": "{ink}"}}, "choose another name"),
         ({"vae": "{controlnet}"}, "stages.0.vae: {controlnet} is a ControlNetModel"),
         ({"vae": "org/name"}, "stages.0.vae: model org/name: a hub model needs `revision:`"),
@@ -298,6 +310,77 @@ def test_a_row_whose_lora_cannot_be_used_is_a_wrong_row(make_job: Make, files: d
     planned = check(make_job(source={"rows": rows, "on_bad_row": "fail"}))
     assert planned.num_wrong == 3
     assert all(words in problem for words, problem in zip(("channels", "pickled", "a"), planned.problems, strict=True))
+
+
+def test_a_lora_that_changes_under_a_plan_costs_its_rows_and_no_others(
+    make_job: Make, files: dict[str, Path], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.safetensors"
+    shutil.copy(files["ink"], mine)
+    rows = [{"prompt": "a red circle", "id": "styled", "lora": str(mine)}, {"prompt": "a red circle", "id": "plain"}]
+    job = make_job(source={"rows": rows}, batches_per_shard=2)
+    planned = plan(job)
+    store = Store(job.sink.path)
+    place = Place(job.stage, 0, True, None, planned.adapters[0])
+    worker = Worker(place, job.stage.bare(), planned.models[0][0], store, "stop")
+
+    def made() -> dict[str, tuple[str, str | None]]:
+        shard = planned.plans[0].shards[0]
+        loaded = with_results(read_shard(store, shard.file, shard.row_group), [{}, {}])
+        return {row["id"]: (row["status"], row["error_type"]) for row in worker(loaded).to_pylist()}
+
+    assert made() == {"styled": ("ok", None), "plain": ("ok", None)}
+    shutil.copy(files["pen"], mine)
+    assert made() == {"styled": ("failed", "lora.changed"), "plain": ("ok", None)}
+    mine.unlink()
+    assert made() == {"styled": ("failed", "lora.changed"), "plain": ("ok", None)}
+
+
+def test_an_earlier_plan_is_not_finished_with_other_adapters(
+    make_job: Make, files: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "vae"
+    shutil.copytree(files["vae"], folder)
+    job = make_job({"vae": str(folder)})
+    earlier = plan(job)
+    models.save_vae(folder, seed=5)
+    now = plan(job, extend=True)
+    assert len(now.plans) == 2
+    assert plan_adapters(now.plans[1], job, now, now.models, {}) == now.adapters
+    with pytest.raises(JobError, match="an adapter .* has changed since plan"):
+        plan_adapters(earlier.plans[0], job, now, now.models, {})
+    models_then = earlier.adapters[0].vae
+    assert models_then is not None
+    assert models_then.revision != (now.adapters[0].vae or models_then).revision
+
+
+def test_a_folder_of_maps_is_a_row_each(make_job: Make, files: dict[str, Path]) -> None:
+    source = {"path": f"{files['maps']}/*.png", "columns": {"control_image": "image"}}
+    table = check(make_job({"controlnet": str(files["controlnet"]), "prompt": "x"}, source=source)).table
+    assert table is not None
+    assert sorted(table["control_image"].to_pylist()) == [str(files["maps"] / f"map{i}.png") for i in range(3)]
+    assert table["height"].null_count == 3
+
+
+def test_control_images_come_in_as_images_do(tiny_model: Path, files: dict[str, Path], make_job: Make) -> None:
+    def load(row: dict[str, Any], **fields: Any) -> Any:
+        job = make_job({"controlnet": str(files["controlnet"]), **fields}, source={"rows": ["x"]})
+        _, facts = identify(str(tiny_model), None)
+        loader = image_loader(job.stage, facts, {})
+        assert loader is not None
+        nothing = {"image": None, "mask_image": None, "image_version": None, "height": None, "width": None}
+        return loader([{**nothing, **row}])[0]
+
+    wide = str(files["maps"] / "map0.png")
+    assert load({"control_image": wide}).control_image.shape == (48, 64, 3)
+    assert load({"control_image": wide, "height": 32, "width": 32}).control_image.shape == (32, 32, 3)
+    square = {"control_image": wide, "height": 64, "width": 64}
+    assert load(square, resize="exact").kind == "image.size"
+    beside = load({"image": wide, "height": 64, "width": 64, "control_image": wide}, op="img2img")
+    assert beside.image.shape == beside.control_image.shape == (64, 64, 3)
+    missing = load({"image": wide, "control_image": "/no/such.png"}, op="img2img")
+    assert missing.kind == "control_image.missing"
+    assert "/no/such.png" in str(missing)
 
 
 def test_a_lora_on_object_storage_is_fetched_once_and_is_its_content(
