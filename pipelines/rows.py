@@ -102,10 +102,12 @@ class Resolver:
             **{name: getattr(stage, name, None) for name in ("negative_prompt", "height", "width", "strength")},
             **{name: getattr(stage, name, None) for name in ("num_inference_steps", "guidance_scale")},
             "scheduler": getattr(stage, "scheduler", None) or facts.scheduler or None,
-            "controlnet_conditioning_scale": getattr(stage, "controlnet_conditioning_scale", None) or 1.0,
+            "controlnet_conditioning_scale": getattr(stage, "controlnet_conditioning_scale", None),
             "lora": self.adapters.lora,
             "lora_scale": getattr(stage, "lora_scale", None),
         }
+        if self.defaults["controlnet_conditioning_scale"] is None:
+            self.defaults["controlnet_conditioning_scale"] = 1.0
         if self.defaults["prompt"] is None and stage.op in ("upscale", "encode", "decode"):
             self.defaults["prompt"] = ""
         for name in ("height", "width", "scheduler"):
@@ -338,12 +340,11 @@ class Resolver:
                 for name in BROUGHT:
                     made[_AT[name]] = None
                 lora = made[_AT["lora"]]
-                if lora is None:
-                    made[_AT["lora_scale"]] = None
+                scale = None if lora is None else made[_AT["lora_scale"]]
                 lora_revision = self.loras.revision(lora)
-                # A LoRA is its content, not its name.
-                made[_AT["lora"]] = None
-                contents = self.adapters.effective(lora, lora_revision, made[_AT["lora_scale"]])
+                # A LoRA is its content, not its name, and its scale is the product of both.
+                made[_AT["lora"]] = made[_AT["lora_scale"]] = None
+                contents = self.adapters.effective(lora, lora_revision, scale)
                 seed = made[_AT["seed"]]
                 # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
                 if seed is None:
@@ -364,7 +365,7 @@ class Resolver:
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 for name, place in where.items():
                     made[_AT[name]] = place
-                made[_AT["lora"]] = lora
+                made[_AT["lora"]], made[_AT["lora_scale"]] = lora, scale
                 # Of what the row's size follows.
                 seen = where["image"] or where["control_image"]
                 version = versions[0] if seen is not None else None

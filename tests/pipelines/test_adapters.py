@@ -186,15 +186,19 @@ def test_an_adapter_is_part_of_the_key_by_its_content_and_one_that_is_not_used_i
     others = [
         used,
         keys(make_job({"lora": str(files["ink"]), "lora_scale": 0.5})),
-        keys(make_job({"loras": {"a": {"model": str(copy), "scale": 0.3}}, "lora": "a"})),
+        keys(make_job({"loras": {"a": {"model": str(copy), "scale": 0.25}}, "lora": "a"})),
         keys(make_job({"lora": str(files["pen"])})),
         keys(make_job({"textual_inversion": [token]})),
         keys(make_job({"textual_inversion": [{"model": token, "token": "<other>"}]})),
         keys(make_job({"vae": vae})),
         keys(make_job({"controlnet": net}, source=control)),
         keys(make_job({"controlnet": net, "controlnet_conditioning_scale": 0.5}, source=control)),
+        keys(make_job({"controlnet": net, "controlnet_conditioning_scale": 0}, source=control)),
         keys(make_job({"controlnet": net, "resize": "exact"}, source=control)),
     ]
+    assert others[2] == keys(
+        make_job({"loras": {"a": {"model": str(copy), "scale": 0.5}}, "lora": "a", "lora_scale": 0.5})
+    )
     assert len({*map(tuple, others), tuple(plain)}) == len(others) + 1
     copy.write_bytes(files["pen"].read_bytes())
     assert keys(make_job({"lora": str(copy)})) == others[3]
