@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_ops.adapter_files import vae_folder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -46,10 +47,9 @@ def load_autoencoder(folder: Path, device: str, dtype: Dtype, variant: str | Non
     import torch
     from diffusers import AutoencoderKL
 
-    place = folder / "vae" if (folder / "vae").is_dir() else folder
     device = pick_device(device)
     vae = AutoencoderKL.from_pretrained(
-        place,
+        vae_folder(folder),
         torch_dtype=pick_dtype(dtype, device),
         use_safetensors=True,
         local_files_only=True,

@@ -21,7 +21,8 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class ModelFacts(BaseModel, frozen=True):
-    """Sizes in pixels. `size_multiple`: height and width must be multiples of it. `ops`: what it can be used for."""
+    """Sizes in pixels. `size_multiple`: height and width must be multiples of it. `ops`: what it can be used for.
+    `folder` is where all this was read."""
 
     pipeline: str
     size_multiple: int
@@ -34,6 +35,7 @@ class ModelFacts(BaseModel, frozen=True):
     latent_scale: float = 1.0
     latent_shift: float = 0.0
     latent_factor: int = 8
+    folder: str = ""
 
 
 class NotAModel(ValueError):
@@ -122,6 +124,7 @@ def _describe(folder: Path) -> ModelFacts:
         latent_scale=vae.get("scaling_factor") or DEFAULT_SCALE,
         latent_shift=vae.get("shift_factor") or 0.0,
         latent_factor=factor,
+        folder=str(folder),
     )
 
 
@@ -149,4 +152,5 @@ def _autoencoder(folder: Path, config: dict[str, Any]) -> ModelFacts:
         latent_scale=config.get("scaling_factor") or DEFAULT_SCALE,
         latent_shift=config.get("shift_factor") or 0.0,
         latent_factor=factor,
+        folder=str(folder),
     )

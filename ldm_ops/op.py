@@ -31,7 +31,8 @@ class Op(BaseModel, ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> Any:
-        """Load the weights from a local folder in diffusers' layout; slow, once per worker."""
+        """Load the weights from a local folder in diffusers' layout; slow, once per worker. Ops that take adapters
+        have them as a second parameter."""
 
     @abstractmethod
     def run(self, model: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
+from ldm_ops.adapters import NO_ADAPTERS, Adapters, LoraSlot
 from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
-from ldm_ops.pixels import to_uint8
+from ldm_ops.pixels import from_uint8, to_uint8
 from ldm_ops.schedulers import make_scheduler, scheduler_name
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Pipeline:
     scheduler_name: str
     scheduler_config: Mapping[str, Any]
     accepts: frozenset[str]
+    controlled: bool = False
+    loras: LoraSlot = field(default_factory=LoraSlot)
 
 
 @dataclass
@@ -70,6 +73,9 @@ class Sampling(Op):
 
     A row's own parameters win over the fields here. Noise comes from one CPU generator per row, as in
     `pipe(prompt, generator=torch.Generator().manual_seed(seed))`.
+
+    A row may bring `loras`, (file, scale) each, and where the model was loaded with a ControlNet it has to bring
+    `control_image`, uint8 (H, W, 3) of the picture's size, and `controlnet_conditioning_scale`.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset(
@@ -112,27 +118,30 @@ class Sampling(Op):
         """A last word on the pictures, in [0, 1]."""
         return images_BCHW
 
-    def load(self, folder: Path) -> Pipeline:
-        """Load the pipeline from a local folder onto the device.
+    def load(self, folder: Path, adapters: Adapters = NO_ADAPTERS) -> Pipeline:
+        """Load the pipeline from a local folder onto the device, and with it what goes beside it.
 
         Raises:
             ValueError: a folder that diffusers cannot load for this op, or no safety checker where one is asked.
         """
         device = pick_device(self.device)
+        dtype = pick_dtype(self.dtype, device)
         # A place that the index leaves empty on purpose, such as SD3 without its T5, has to be named.
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         options: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
         if self.variant is not None:
             options["variant"] = self.variant
+        options |= adapters.components(dtype)
         pipe = self._pipeline_class(folder).from_pretrained(
             folder,
-            torch_dtype=pick_dtype(self.dtype, device),
+            torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             **options,
         )
         pipe.set_progress_bar_config(disable=True)
         pipe.to(device)
+        adapters.add_tokens(pipe)
         checker = getattr(pipe, "safety_checker", None)
         if checker is None and self.safety_checker not in (None, "off"):
             raise ValueError(f"{folder} has no safety checker; set safety_checker: off")
@@ -145,6 +154,7 @@ class Sampling(Op):
             scheduler_name=type(pipe.scheduler).__name__,
             scheduler_config=pipe.scheduler.config,
             accepts=frozenset(inspect.signature(pipe.__call__).parameters),
+            controlled=adapters.controlnet is not None,
         )
 
     def bucket(self, row: Row) -> tuple[Any, ...]:
@@ -152,7 +162,15 @@ class Sampling(Op):
         empty one: a row must not notice its neighbours."""
         image = row.get("image")
         own = tuple(row.get(name) for name in ("height", "width", "num_inference_steps", "scheduler", "strength"))
-        return (*own, row["guidance_scale"], bool(row["negative_prompt"]), None if image is None else image.shape)
+        control = row.get("control_image")
+        return (
+            *own,
+            row["guidance_scale"],
+            bool(row["negative_prompt"]),
+            None if image is None else image.shape,
+            None if control is None else (control.shape, row["controlnet_conditioning_scale"]),
+            row.get("loras") or (),
+        )
 
     def run(self, model: Pipeline, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Make one picture per row.
@@ -170,6 +188,7 @@ class Sampling(Op):
         if self.long_prompts == "error" and any(truncated):
             raise RowRefused("prompt.too_long", "the prompt has more tokens than the text encoder takes")
         kept = Kept(self.save_intermediates) if self.save_intermediates else None
+        model.loras.hold(model.pipe, tuple(rows[0].get("loras") or ()))
         name = rows[0]["scheduler"] or model.scheduler_name
         model.pipe.scheduler = make_scheduler(name, dict(model.scheduler_config))
         with torch.inference_mode():
@@ -211,6 +230,10 @@ class Sampling(Op):
             "output_type": "pt",
             **self._inputs(model, rows),
         }
+        if model.controlled:
+            control_BCHW = from_uint8([row["control_image"] for row in rows])
+            arguments["control_image" if "control_image" in model.accepts else "image"] = control_BCHW
+            arguments["controlnet_conditioning_scale"] = float(first["controlnet_conditioning_scale"])
         if first["negative_prompt"]:
             arguments["negative_prompt"] = [row["negative_prompt"] or "" for row in rows]
         if kept is not None:
@@ -239,9 +262,15 @@ def too_long(pipe: Any, prompt: str) -> bool:
     asked = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
     most = asked.default if asked is not None and isinstance(asked.default, int) else 512
     return bool(tokenizers) and all(
-        len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > min(tokenizer.model_max_length, most)
+        len(tokenizer(_spelled(pipe, prompt, tokenizer), truncation=False, verbose=False).input_ids)
+        > min(tokenizer.model_max_length, most)
         for tokenizer in tokenizers
     )
+
+
+def _spelled(pipe: Any, prompt: str, tokenizer: Any) -> str:
+    """The prompt as the pipeline gives it to the tokenizer: a textual inversion may be several tokens."""
+    return str(pipe.maybe_convert_prompt(prompt, tokenizer)) if hasattr(pipe, "maybe_convert_prompt") else prompt
 
 
 def decode(pipe: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:

@@ -26,4 +26,8 @@ class Txt2Img(Sampling):
         return AutoPipelineForText2Image
 
     def _inputs(self, model: Pipeline, rows: Sequence[Row]) -> dict[str, Any]:
+        if model.controlled:
+            # The control image came in at the size that the picture is to have.
+            height, width = rows[0]["control_image"].shape[:2]
+            return {"height": height, "width": width}
         return {"height": rows[0]["height"], "width": rows[0]["width"]}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from ldm_ops.adapters import NO_ADAPTERS, Adapters
 from ldm_ops.describe import UPSCALERS
 from ldm_ops.op import Row, RowRefused
 from ldm_ops.pixels import from_uint8
@@ -60,13 +61,13 @@ class Upscale(Sampling):
             raise ValueError(f"{folder} is a {name}; upscale takes {' or '.join(UPSCALERS)}")
         return getattr(diffusers, name)
 
-    def load(self, folder: Path) -> Pipeline:
+    def load(self, folder: Path, adapters: Adapters = NO_ADAPTERS) -> Pipeline:
         """Load the upscaler and let it work by tiles.
 
         Raises:
             ValueError: the folder holds no upscaler.
         """
-        model = super().load(folder)
+        model = super().load(folder, adapters)
         pipe = model.pipe
         tile_unet(pipe.unet, self.tile_px, self.tile_overlap_px)
         tile_decoder(_autoencoder(pipe), self.tile_px, self.tile_overlap_px)

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 MAX_MESSAGE_CHARS = 500
 
+ADAPTER = pa.struct([("kind", pa.string()), ("name", pa.string()), ("revision", pa.string()), ("scale", pa.float64())])
+"""What a stage had beside its model: vae, controlnet, textual_inversion or lora, and the exact weights."""
+
 STAGE = pa.struct(
     [
         ("op", pa.string()),
@@ -25,6 +28,7 @@ STAGE = pa.struct(
         ("guidance_scale", pa.float64()),
         ("scheduler", pa.string()),
         ("strength", pa.float64()),
+        ("adapters", pa.list_(ADAPTER)),
         ("batch_size", pa.int32()),
         ("device", pa.string()),
         ("worker", pa.string()),
@@ -46,6 +50,7 @@ RESULT_FIELDS = [
     pa.field("error_message", pa.string()),
     pa.field("pixels", pa.binary()),
     pa.field("mask_pixels", pa.binary()),
+    pa.field("control_pixels", pa.binary()),
     pa.field("kept", pa.list_(pa.struct([("stage", pa.int32()), ("pixels", pa.binary())]))),
     pa.field("latents_data", pa.binary()),
     pa.field("flipped", pa.bool_()),

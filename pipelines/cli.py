@@ -218,6 +218,11 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
             {"model": weights.name, "model_revision": weights.revision, "pipeline": facts.pipeline}
             for weights, facts in planned.models
         ],
+        "adapters": [
+            {"stage": i, "kind": kind, "name": name, "revision": revision}
+            for i, beside in enumerate(planned.adapters)
+            for kind, name, revision in beside.listed()
+        ],
         "buckets": planned.buckets,
         "problems": planned.problems,
     }
@@ -226,6 +231,11 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
 def _planned_text(planned: Planned) -> str:
     lines = [
         *(f"model      {weights.name} @ {weights.revision} ({facts.pipeline})" for weights, facts in planned.models),
+        *(
+            f"           {kind} {name} @ {revision}"
+            for beside in planned.adapters
+            for kind, name, revision in beside.listed()
+        ),
         f"rows       {planned.num_source_rows}",
         f"pictures   {planned.num_rows} ({planned.num_duplicates} duplicates made once, "
         f"{planned.num_known} planned before)",
@@ -245,6 +255,13 @@ def _planned_text(planned: Planned) -> str:
     return "\n".join(lines)
 
 
+def _lora_text(bucket: dict[str, Any]) -> str:
+    if bucket["lora"] is None:
+        return ""
+    names = " + ".join(Path(part).name for part in bucket["lora"].split(" + "))
+    return f"  {names}" + ("" if bucket["lora_scale"] == 1 else f" × {bucket['lora_scale']:g}")
+
+
 def _bucket_text(bucket: dict[str, Any]) -> str:
     width, height = bucket["width"], bucket["height"]
     size = f"{width or '?'}×{height or '?'}" if width or height else "as it is"
@@ -254,7 +271,7 @@ def _bucket_text(bucket: dict[str, Any]) -> str:
     )
     return (
         f"         {bucket['rows']:>6}  {bucket['batches']:>7}  {size:<10} {steps:>6}  {guidance:>8}  {strength:>8}  "
-        f"{bucket['scheduler'] or ''}"
+        f"{bucket['scheduler'] or ''}{_lora_text(bucket)}"
     ).rstrip()
 
 

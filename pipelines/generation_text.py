@@ -35,6 +35,14 @@ SAMPLERS = {
 }
 """Our names of samplers: theirs. `_karras` is their ` Karras`; a sampler that they have no name for keeps ours."""
 
+ADAPTERS = {
+    "vae": "VAE hash",
+    "controlnet": "ControlNet hash",
+    "textual_inversion": "TI hashes",
+    "lora": "Lora hashes",
+}
+"""Kinds of adapters: how the text calls them. Hashes are the first 12 digits, with the scale where there is one."""
+
 _FIELD = re.compile(r'\s*([A-Za-z][\w ./-]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _USER_COMMENT, _EXIF_IFD = 0x9286, 0x8769
 
@@ -64,6 +72,15 @@ def describe(row: Mapping[str, Any], width: int, height: int) -> str:
         "Model hash": row["model_revision"],
         "Denoising strength": _number(row["strength"]),
     }
+    for kind, name in ADAPTERS.items():
+        # By content: the same picture must not tell under which names its weights lay.
+        said = [
+            one["revision"][:12] + ("" if one["scale"] is None else f":{one['scale']:g}")
+            for stage in (row.get("stages") or ())[:1]
+            for one in stage["adapters"] or ()
+            if one["kind"] == kind
+        ]
+        fields[name] = " ".join(said) or None
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items() if value is not None))
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,20 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What one row brought along: `image` uint8 (H, W, 3), `mask_image` uint8 (H, W), and how the image was cut.
+    """What one row brought along: `image` and `control_image` uint8 (H, W, 3), `mask_image` uint8 (H, W), all of one
+    size, and how the image was cut; a control image that comes alone was cut in its place.
 
     `crop_top` and `crop_left` are the corner of what is left, in pixels of the image already scaled (what SDXL calls
     `crops_coords_top_left`); the original size is the upright file's.
     """
 
-    image: Pixels
+    image: Pixels | None
     mask_image: Pixels | None
     original_height: int
     original_width: int
     crop_top: int
     crop_left: int
+    control_image: Pixels | None = None
 
 
 @dataclass
@@ -79,15 +81,22 @@ class Loader:
             return list(pool.map(self._one, rows))
 
     def _one(self, row: Mapping[str, Any]) -> Loaded | BadImage:
+        main = "image" if "image" in self.takes else "control_image"
         try:
-            data = self.fetch(row["image"])
-            if is_local(row["image"]) and row["image_version"] not in (None, hashlib.sha256(data).hexdigest()):
+            data = self.fetch(row[main])
+            if is_local(row[main]) and row["image_version"] not in (None, hashlib.sha256(data).hexdigest()):
                 raise BadImage("image.changed", "the image is another than when the plan was made; run again")
             image = decode(data, self.background)
             mask = self._mask(row["mask_image"], image.size) if "mask_image" in self.takes else None
-            return self._cut(image, mask, row["height"], row["width"])
+            loaded = self._cut(image, mask, row["height"], row["width"])
+            if main == "control_image":
+                return replace(loaded, image=None, control_image=loaded.image)
+            if "control_image" in self.takes and loaded.image is not None:
+                height, width = loaded.image.shape[:2]
+                return replace(loaded, control_image=self._control(row["control_image"], (width, height)))
+            return loaded
         except BadImage as error:
-            where = str(row["image"])
+            where = str(row[main])
             return error if where in str(error) else BadImage(error.kind, f"{where}: {error}")
 
     def fit(self, pixels: Pixels, height: int | None, width: int | None) -> Loaded:
@@ -165,6 +174,14 @@ class Loader:
                 f"the mask is {mask.size[0]} × {mask.size[1]}, its image {size[0]} × {size[1]}; make them equal",
             )
         return mask
+
+    def _control(self, where: str, size: tuple[int, int]) -> Pixels:
+        """A control image as large as the image that it goes with."""
+        try:
+            control = decode(self.fetch(where), self.background)
+        except BadImage as error:
+            raise BadImage(error.kind.replace("image.", "control_image."), f"control image {where}: {error}") from None
+        return np.asarray(_resized(control, size, True, Image.Resampling.LANCZOS))
 
     def _target(self, size: tuple[int, int], policy: Resize, height: int | None, width: int | None) -> tuple[int, int]:
         """(width, height) that an image is brought to."""

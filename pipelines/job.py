@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipelines.errors import JobError
-from pipelines.stages import STAGES, AnyStage, Pool, RowParameter, Stage
+from pipelines.stages import REFERENCES, STAGES, AnyStage, Pool, RowParameter, Stage, not_output
 from pipelines.yaml_file import Document, override, read_yaml
 
 SCHEMA_HEADER = "# yaml-language-server: $schema="
@@ -22,7 +22,17 @@ RowName = Literal["id", RowParameter]
 """Columns of a table that mean something; all others pass through."""
 
 MatrixName = Literal[
-    "negative_prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "scheduler", "strength"
+    "negative_prompt",
+    "seed",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "strength",
+    "lora",
+    "lora_scale",
+    "controlnet_conditioning_scale",
 ]
 
 
@@ -118,6 +128,11 @@ class Job(Section):
                 raise ValueError(
                     f"stages.{i}.num_images_per_prompt: only the first stage multiplies rows; leave it out"
                 )
+            if i and getattr(stage, "controlnet", None) is not None:
+                raise ValueError(
+                    f"stages.{i}.controlnet: a control image comes with a row, which only the first stage has; leave "
+                    "it out"
+                )
             if stage.keep and stage.op == "encode":
                 raise ValueError(f"stages.{i}.keep: latents on the way are not kept; leave it out")
             if stage.keep and i == len(self.stages) - 1:
@@ -161,8 +176,8 @@ class Job(Section):
     def output_settings(self) -> dict[str, Any]:
         """All that changes what comes out except the table's content, flat: {"stages.0.guidance_scale": 7.5, …}."""
         # Not how a model is spelled or where a table lies: the weights' digest and the rows' keys say what they are.
-        not_output = (set(Pool.model_fields) - {"keep"}) | {"model", "revision"}
-        stages = [stage.model_dump(mode="json", exclude=not_output | stage.run_only) for stage in self.stages]
+        pool = set(Pool.model_fields) - {"keep"}
+        stages = [stage.model_dump(mode="json", exclude=pool | not_output(stage)) for stage in self.stages]
         sink = self.sink.model_dump(
             include={"format", "embed_metadata"} | ({"quality"} if self.sink.format == "jpeg" else set())
         )
@@ -257,6 +272,8 @@ def _allowed(document: Document, loc: tuple[str | int, ...]) -> list[str]:
         return list(Source.model_fields)
     if loc[0] == "sink" and len(loc) > 1:
         return list(Sink.model_fields)
+    if loc[0] == "stages" and len(loc) > 3 and loc[2] in REFERENCES:
+        return list(REFERENCES[str(loc[2])].model_fields)
     if loc[0] == "stages" and len(loc) > 2:
         return sorted(STAGES[document.data["stages"][loc[1]]["op"]].model_fields)
     return list(Job.model_fields)

@@ -13,7 +13,7 @@ from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
 from pipelines.plans import read_shard
-from pipelines.stages import AnyStage, Background, Buckets, ImageInput
+from pipelines.stages import AnyStage, Background, Buckets, Resized, reads
 from pipelines.storage import Store
 
 
@@ -23,9 +23,10 @@ def image_loader(stage: AnyStage, facts: ModelFacts, storage_options: dict[str, 
     Raises:
         JobError: its buckets are none.
     """
-    if not isinstance(stage, Background):
+    takes = reads(stage)
+    if not isinstance(stage, Background) or takes.isdisjoint({"image", "control_image"}):
         return None
-    resize, multiple = (stage.resize, facts.size_multiple) if isinstance(stage, ImageInput) else (None, 1)
+    resize, multiple = (stage.resize, facts.size_multiple) if isinstance(stage, Resized) else (None, 1)
     buckets: tuple[tuple[int, int], ...] = ()
     if isinstance(stage, Buckets) and stage.resolution is not None:
         step = math.lcm(stage.bucket_multiple, multiple)
@@ -35,7 +36,7 @@ def image_loader(stage: AnyStage, facts: ModelFacts, storage_options: dict[str, 
                 f"resolution {stage.resolution}: no bucket of multiples of {step} has so few pixels within "
                 f"max_aspect_ratio {stage.max_aspect_ratio:g}; use a smaller bucket_multiple"
             )
-    return Loader(stage.reads, resize, multiple, stage.background, storage_options, buckets)
+    return Loader(takes, resize, multiple, stage.background, storage_options, buckets)
 
 
 FILES_HELD = 2
@@ -93,8 +94,9 @@ def _image(loaded: Loaded | BadImage) -> dict[str, Any]:
     if isinstance(loaded, BadImage):
         return _failed("load", loaded.kind, str(loaded))
     return {
-        "pixels": pack(loaded.image),
+        "pixels": None if loaded.image is None else pack(loaded.image),
         "mask_pixels": None if loaded.mask_image is None else pack(loaded.mask_image),
+        "control_pixels": None if loaded.control_image is None else pack(loaded.control_image),
         **{name: getattr(loaded, name) for name in GEOMETRY},
     }
 

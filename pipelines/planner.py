@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from ldm_ops.describe import ModelFacts
 from pipelines import manifest
+from pipelines.adapters import StageAdapters, adapter_settings, identify_adapters
 from pipelines.chunk import Chunk
 from pipelines.commit import commit
 from pipelines.errors import JobError
@@ -41,7 +42,17 @@ AUTO_SHARDS = 16
 AUTO_MAX_BATCHES = 8
 AUTO_MAX_PIXEL_BYTES = 192 << 20
 
-BUCKET = ("height", "width", "num_inference_steps", "scheduler", "guidance_scale", "strength")
+BUCKET = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "scheduler",
+    "guidance_scale",
+    "strength",
+    "lora",
+    "lora_scale",
+    "controlnet_conditioning_scale",
+)
 """What must be equal inside one device batch; beside it, whether there is a negative prompt at all: some pipelines
 (SDXL) treat none and an empty one differently, and a row must not notice its neighbours."""
 
@@ -64,6 +75,7 @@ class Planned:
     problems: list[str]
     buckets: list[dict[str, Any]]
     models: list[tuple[Weights, ModelFacts]]
+    adapters: list[StageAdapters]
     num_rows: int = 0
     num_gone: int = 0
     """Rows of earlier plans that this table does not hold; they stay part of the output."""
@@ -151,11 +163,16 @@ class _Planner:
                     f"stages.{i}.model: {stage.model} is not the model that stages.{i - 1} encodes with; give the same"
                 )
             image_loader(stage, facts, {})
+        self.adapters = [
+            identify_adapters(i, stage, facts, job.source.storage_options)
+            for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True))
+        ]
         refuse_sink_in_source(job)
-        self.resolver = Resolver(job, self.models)
+        self.resolver = Resolver(job, self.models, self.adapters)
         self.settings = {
             **job.output_settings(),
             **{f"stages.{i}.model_revision": weights.revision for i, (weights, _) in enumerate(self.models)},
+            **adapter_settings(self.adapters),
         }
 
     def plan(self, plans: list[Plan], store: Store | None, extend: bool = False) -> Planned:
@@ -227,6 +244,7 @@ class _Planner:
             problems=problems,
             buckets=buckets,
             models=self.models,
+            adapters=self.adapters,
             num_rows=len(counts),
             num_gone=0 if self.limit else num_held - num_known,
         )

@@ -28,6 +28,11 @@ OWN_FIELDS = [
     pa.field("image", pa.string()),
     pa.field("mask_image", pa.string()),
     pa.field("latents", pa.string()),
+    pa.field("control_image", pa.string()),
+    pa.field("controlnet_conditioning_scale", pa.float64()),
+    pa.field("lora", pa.string()),
+    pa.field("lora_scale", pa.float64()),
+    pa.field("lora_revision", pa.string()),
     pa.field("image_version", pa.string()),
     pa.field("source_uri", pa.string()),
     pa.field("source_row", pa.int64()),
@@ -47,6 +52,7 @@ def row_table(chunk: Chunk, rows: list[PlannedRow], passing: list[tuple[str, lis
         "source_uri": [chunk.uri] * len(rows),
         "source_row": [chunk.first_row + row.source_index for row in rows],
         "image_version": [row.image_version for row in rows],
+        "lora_revision": [row.lora_revision for row in rows],
         "problem": [row.problem for row in rows],
     }
     arrays = [pa.array(columns[f.name], f.type) for f in OWN_FIELDS]
@@ -83,6 +89,10 @@ def in_order(table: pa.Table) -> pa.Table:
     # Expensive rows first, so that the end of a run does not wait for one of them; the key makes the order total.
     order = [("height", "descending"), ("width", "descending"), ("num_inference_steps", "descending")]
     rest = [
+        # A worker loads a LoRA when the rows before it had another.
+        ("lora", "ascending"),
+        ("lora_scale", "ascending"),
+        ("controlnet_conditioning_scale", "ascending"),
         ("guidance_scale", "descending"),
         ("scheduler", "ascending"),
         ("strength", "descending"),

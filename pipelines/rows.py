@@ -13,12 +13,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ldm_ops.describe import ModelFacts
+from pipelines.adapters import LoraReader, StageAdapters
 from pipelines.cells import (
     MAX_ID_CHARS,
     MAX_PROMPT_CHARS,
@@ -38,10 +40,10 @@ from pipelines.references import BadReference, References, box, locate
 from pipelines.stages import ROW_PARAMETERS, AnyStage, output_settings, row_parameters
 from pipelines.weights import Weights
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_EXPANSION = 100_000
 
-BROUGHT = ("image", "mask_image", "latents")
+BROUGHT = ("image", "mask_image", "latents", "control_image")
 """Parameters that say where something lies."""
 
 _AT = {name: i for i, name in enumerate(ROW_PARAMETERS)}
@@ -58,6 +60,7 @@ class PlannedRow:
     source_index: int
     problem: str | None = None
     image_version: str | None = None
+    lora_revision: str | None = None
     cells: str = ""
     """What passes through, as one text; two rows of one key and other cells contradict each other."""
 
@@ -65,15 +68,20 @@ class PlannedRow:
 class Resolver:
     """Everything about a job that turns a chunk of its table into planned rows.
 
-    `models` are the weights and facts of each stage, in order; a row's own parameters are those of the first.
+    `models` are the weights and facts of each stage, in order, `adapters` what each has beside them; a row's own
+    parameters are those of the first.
     """
 
-    def __init__(self, job: Job, models: Sequence[tuple[Weights, ModelFacts]]) -> None:
+    def __init__(
+        self, job: Job, models: Sequence[tuple[Weights, ModelFacts]], adapters: Sequence[StageAdapters]
+    ) -> None:
         stage, source = job.stage, job.source
         facts = models[0][1]
         self.job = job
         self.takes = row_parameters(stage)
         self.references = References(source.storage_options)
+        self.adapters = adapters[0]
+        self.loras = LoraReader(self.adapters, Path(facts.folder))
         self.readers: dict[str, Callable[[Any], Any]] = {
             "prompt": read_text("prompt", MAX_PROMPT_CHARS),
             "negative_prompt": read_text("negative_prompt", MAX_PROMPT_CHARS),
@@ -84,6 +92,9 @@ class Resolver:
             "guidance_scale": read_number("guidance_scale", 0, 100, whole=False),
             "scheduler": read_scheduler(facts),
             "strength": read_strength,
+            "controlnet_conditioning_scale": read_number("controlnet_conditioning_scale", 0, 10, whole=False),
+            "lora": lambda value: self.loras.read("", value),
+            "lora_scale": read_number("lora_scale", -10, 10, whole=False),
         }
         self.defaults: dict[str, Any] = {
             "prompt": getattr(stage, "prompt", None),
@@ -91,13 +102,18 @@ class Resolver:
             **{name: getattr(stage, name, None) for name in ("negative_prompt", "height", "width", "strength")},
             **{name: getattr(stage, name, None) for name in ("num_inference_steps", "guidance_scale")},
             "scheduler": getattr(stage, "scheduler", None) or facts.scheduler or None,
+            "controlnet_conditioning_scale": getattr(stage, "controlnet_conditioning_scale", None),
+            "lora": self.adapters.lora,
+            "lora_scale": getattr(stage, "lora_scale", None),
         }
+        if self.defaults["controlnet_conditioning_scale"] is None:
+            self.defaults["controlnet_conditioning_scale"] = 1.0
         if self.defaults["prompt"] is None and stage.op in ("upscale", "encode", "decode"):
             self.defaults["prompt"] = ""
         for name in ("height", "width", "scheduler"):
             if getattr(stage, name, None) is not None:
                 self._of_job(f"stages.0.{name}", name, self.defaults[name])
-        if stage.op == "txt2img":
+        if stage.op == "txt2img" and "control_image" not in self.takes:
             self.defaults["height"] = self.defaults["height"] or facts.default_height
             self.defaults["width"] = self.defaults["width"] or facts.default_width
         for i, (later, (_, its_facts)) in enumerate(zip(job.stages[1:], models[1:], strict=True), 1):
@@ -131,8 +147,13 @@ class Resolver:
             {
                 "protocol": PROTOCOL,
                 "stages": [
-                    [one.op, weights.revision, output_settings(one, first=i == 0)]
-                    for i, (one, (weights, _)) in enumerate(zip(job.stages, models, strict=True))
+                    [
+                        one.op,
+                        weights.revision,
+                        output_settings(one, first=i == 0),
+                        _beside(i, one, beside),
+                    ]
+                    for i, (one, (weights, _), beside) in enumerate(zip(job.stages, models, adapters, strict=True))
                 ],
                 "format": job.sink.format,
                 "quality": job.sink.quality if job.sink.format == "jpeg" else None,
@@ -171,7 +192,7 @@ class Resolver:
                 if name not in chunk.columns:
                     raise JobError(f"{chunk.uri}: source.pass_through: no column {name!r}; the table has {there}")
         if first:
-            for name in ("prompt", "image", "mask_image", "latents"):
+            for name in ("prompt", "image", "mask_image", "latents", "control_image"):
                 needed = name in self.takes and name not in self.templates and self.defaults.get(name) is None
                 if needed and self.column(name) not in chunk.columns:
                     other = ", or give stages.0.prompt" if name == "prompt" else ""
@@ -179,6 +200,13 @@ class Resolver:
                         f"{chunk.uri}: no column {name!r}; the table has {there}; name it with source.columns: "
                         f"{{{name}: …}}{other}"
                     )
+        if hasattr(self.job.stage, "controlnet") and "control_image" not in self.takes:
+            theirs = self.column("control_image")
+            if theirs in chunk.columns:
+                raise JobError(
+                    f"{chunk.uri}: column {theirs!r} holds control images, and no controlnet would see them; give "
+                    "stages.0.controlnet, or rename the column"
+                )
         for name, _ in self.axes:
             if name not in self.takes:
                 raise JobError(f"source.matrix.{name}: {self.job.stage.op} takes no {name}; leave it out")
@@ -199,8 +227,8 @@ class Resolver:
         """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
         self.check_columns(chunk)
         raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *self.takes)}
-        for name in ("image", "mask_image"):
-            if raw.get(name) is not None and (name != "image" or chunk.versions is None):
+        for name in ("image", "mask_image", "control_image"):
+            if raw.get(name) is not None and not self._is_listed(chunk, name):
                 self.references.prepare(chunk.base, raw[name] or ())
         passing = self.passing(chunk)
         for i in range(chunk.num_rows):
@@ -238,7 +266,7 @@ class Resolver:
                 where = box(said) if name == "mask_image" else None
                 if where is None:
                     where = locate(chunk.base, said)
-                    known = name == "image" and chunk.versions is not None
+                    known = self._is_listed(chunk, name) and chunk.versions
                     versions.append(chunk.versions[i] if known and chunk.versions else self.references.version(where))
                 else:
                     versions.append(where)
@@ -246,7 +274,13 @@ class Resolver:
                 shown = f" {said[:200]!r}" if isinstance(said, str) else ""
                 raise Wrong(f"{name}{shown} {error}") from None
             values[_AT[name]] = where
+        if values[_AT["lora"]] is not None:
+            values[_AT["lora"]] = self.loras.read(chunk.base, values[_AT["lora"]])
         return versions
+
+    def _is_listed(self, chunk: Chunk, name: str) -> bool:
+        """Whether the source is a listing that tells versions of what `name` points at."""
+        return chunk.versions is not None and self.column(name) == "image"
 
     def _wrong(self, chunk: Chunk, raw: dict[str, list[Any] | None], i: int, problem: str) -> PlannedRow:
         cells = _cells_text(list(chunk.columns.items()), i)
@@ -264,7 +298,7 @@ class Resolver:
         value = None if column is None else column[i]
         if is_missing(value):
             return self.defaults.get(name)
-        if name in BROUGHT:
+        if name in BROUGHT or name == "lora":
             return value
         cache = self._cache[name]
         if name == "prompt" or not isinstance(value, (str, int, float)):
@@ -305,6 +339,12 @@ class Resolver:
                     made[_AT[name]] = value
                 for name in BROUGHT:
                     made[_AT[name]] = None
+                lora = made[_AT["lora"]]
+                scale = None if lora is None else made[_AT["lora_scale"]]
+                lora_revision = self.loras.revision(lora)
+                # A LoRA is its content, not its name, and its scale is the product of both.
+                made[_AT["lora"]] = made[_AT["lora_scale"]] = None
+                contents = self.adapters.effective(lora, lora_revision, scale)
                 seed = made[_AT["seed"]]
                 # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
                 if seed is None:
@@ -318,13 +358,26 @@ class Resolver:
                 # A row with an id stays itself when a note beside it changes.
                 told_by = cells if own_id is None else own_id
                 text = json.dumps(
-                    [self.fixed, own_id is None, told_by, *made, versions], ensure_ascii=False, separators=(",", ":")
+                    [self.fixed, own_id is None, told_by, *made, versions, contents],
+                    ensure_ascii=False,
+                    separators=(",", ":"),
                 )
                 key = hashlib.sha256(text.encode()).hexdigest()[:32]
                 for name, place in where.items():
                     made[_AT[name]] = place
-                version = versions[0] if where["image"] is not None else None
-                yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made), version, cells)
+                made[_AT["lora"]], made[_AT["lora_scale"]] = lora, scale
+                # Of what the row's size follows.
+                seen = where["image"] or where["control_image"]
+                version = versions[0] if seen is not None else None
+                yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made), version, lora_revision, cells)
+
+
+def _beside(i: int, stage: AnyStage, adapters: StageAdapters) -> dict[str, Any]:
+    """What a stage has beside its model for all rows; the first one's LoRAs are each row's own."""
+    found = adapters.identity()
+    if i and adapters.lora is not None:
+        found["loras"] = adapters.effective(adapters.lora, adapters.lora_revision, getattr(stage, "lora_scale", None))
+    return found
 
 
 def _no_steps(values: list[Any]) -> str | None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest
+from pipelines.adapters import ADAPTERS, AND, StageAdapters, adapter_settings, identify_adapters
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
 from pipelines.errors import (
     EXIT_DEAD_LETTERS,
@@ -31,7 +32,7 @@ from pipelines.job import Job
 from pipelines.latents_file import LatentsHead
 from pipelines.loading import LoadShard, image_loader
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, Shard, read_plans, read_shard
+from pipelines.plans import Plan, Shard, read_plans, read_shard, same_settings
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage, EncodeStage
 from pipelines.stopping import stop_on_signals
@@ -167,12 +168,14 @@ def _execute(
     own = Job.model_validate(plan.job)
     options = job.source.storage_options
     models = plan_models(plan, own, planned, options)
-    pools = fit([(stage, weights.num_bytes) for stage, (weights, _) in zip(pool_stages(own, job), models, strict=True)])
+    adapters = plan_adapters(plan, own, planned, models, options)
+    sizes = [weights.num_bytes + beside.num_bytes for (weights, _), beside in zip(models, adapters, strict=True)]
+    pools = fit(list(zip(pool_stages(own, job), sizes, strict=True)))
     refuse_local_images(store, todo[0])
     stop_path = heartbeat.stop_path(run_id)
     stages = []
     for i, (stage, (weights, facts)) in enumerate(zip(own.stages, models, strict=True)):
-        place = Place(stage, i, i == len(own.stages) - 1, image_loader(stage, facts, options))
+        place = Place(stage, i, i == len(own.stages) - 1, image_loader(stage, facts, options), adapters[i])
         op = stage.bare()
         if not pools[i].num_gpus and op.device == "auto":
             # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
@@ -241,11 +244,13 @@ def refuse_local_images(store: Store, shard: Shard) -> None:
     if sum(node["Alive"] for node in ray.nodes()) < 2:
         return
     rows = read_shard(store, shard.file, shard.row_group)
-    for name in ("image", "mask_image", "latents"):
-        where = next((w for w in rows[name].to_pylist() if w is not None and w.startswith("/")), None)
+    for name in ("image", "mask_image", "control_image", "latents", "lora"):
+        said = (value for value in rows[name].to_pylist() if value is not None)
+        places = (place for value in said for place in (value.split(AND) if name == "lora" else [value]))
+        where = next((place for place in places if place.startswith("/")), None)
         if where is not None:
             raise JobError(
-                f"{name} {where} is a file of one machine, the cluster has several nodes; put the images on s3://… and "
+                f"{name} {where} is a file of one machine, the cluster has several nodes; put the files on s3://… and "
                 "the like, or name them file:///… where all nodes share the folder"
             )
 
@@ -286,6 +291,37 @@ def plan_models(
             )
         models.append(found)
     return models
+
+
+def plan_adapters(
+    plan: Plan,
+    own: Job,
+    planned: Planned,
+    models: list[tuple[Weights, ModelFacts]],
+    storage_options: dict[str, Any],
+) -> list[StageAdapters]:
+    """The adapters that a plan was made for, of each of its stages.
+
+    Raises:
+        JobError: they are no longer what they were.
+    """
+    wanted = {name: value for name, value in plan.settings.items() if ADAPTERS in name}
+
+    def fits(adapters: list[StageAdapters]) -> bool:
+        return len(adapters) == len(own.stages) and same_settings(wanted, adapter_settings(adapters))
+
+    if fits(planned.adapters):
+        return planned.adapters
+    found = [
+        identify_adapters(i, stage, facts, storage_options)
+        for i, (stage, (_, facts)) in enumerate(zip(own.stages, models, strict=True))
+    ]
+    if not fits(found):
+        raise JobError(
+            f"an adapter (vae, controlnet, textual_inversion or lora) has changed since plan {plan.plan_id} was made; "
+            "put the old files back, or choose a new sink.path"
+        )
+    return found
 
 
 def dataset(

@@ -47,6 +47,7 @@ _INTERNAL = {
     "image_version",
     "pixels",
     "mask_pixels",
+    "control_pixels",
     "latents_data",
     "kept",
     "intermediates",
@@ -111,7 +112,7 @@ class ShardWriter:
     def _record(self, row: dict[str, Any], index: int, put: Callable[[tuple[str, bytes]], None]) -> dict[str, Any]:
         record = {name: value for name, value in row.items() if name not in _INTERNAL}
         record |= self.constants | {"attempt": 1, "created_at": datetime.fromtimestamp(time.time(), UTC)}
-        stages = [dict(stage) for stage in row["stages"] or ()]
+        stages = record["stages"] = [dict(stage) for stage in row["stages"] or ()]
         if stages:
             record |= {name: stages[-1][name] for name in ("batch_size", "device", "worker")}
             record["duration_s"] = sum(stage["duration_s"] or 0.0 for stage in stages)
@@ -121,7 +122,6 @@ class ShardWriter:
             uri, sha256 = self._name("images", index, stem, data, EXTENSIONS[self.format])
             put((uri, data))
             stages[early["stage"]] |= {"uri": uri, "sha256": sha256, "num_bytes": len(data)}
-        record["stages"] = stages
         kept = []
         if row["status"] == "ok" and row["pixels"] is not None:
             pixels = unpack(row["pixels"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from ldm_ops.decode import Decode
 from ldm_ops.encode import Encode
 from ldm_ops.img2img import Img2Img
 from ldm_ops.inpaint import Inpaint
 from ldm_ops.op import Op
+from ldm_ops.sampling import ModelName
 from ldm_ops.txt2img import Txt2Img
 from ldm_ops.upscale import Upscale
 
@@ -27,6 +28,10 @@ RowParameter = Literal[
     "image",
     "mask_image",
     "latents",
+    "control_image",
+    "controlnet_conditioning_scale",
+    "lora",
+    "lora_scale",
 ]
 ROW_PARAMETERS: tuple[str, ...] = get_args(RowParameter)
 """Columns of a table that may set a parameter of their row, in the order of `PlannedRow.values`."""
@@ -58,8 +63,8 @@ class Pool(BaseModel):
         return self.op_class(**self.model_dump(include=set(self.op_class.model_fields)))
 
 
-class ImageInput(BaseModel):
-    """How an image of any kind and size becomes what the op takes."""
+class Resized(BaseModel):
+    """How an image of any size is brought to one that the op takes."""
 
     resize: Resize | None = Field(
         None,
@@ -67,6 +72,11 @@ class ImageInput(BaseModel):
         "as near as the model allows, exact refuses any other; fill where height and width are given, else "
         "nearest_multiple",
     )
+
+
+class ImageInput(Resized):
+    """How an image of any kind and size becomes what the op takes."""
+
     height: int | None = Field(None, ge=8, description="px; the image's own where left out")
     width: int | None = Field(None, ge=8, description="px; the image's own where left out")
 
@@ -97,21 +107,109 @@ class Background(BaseModel):
     )
 
 
-class Txt2ImgStage(Pool, Txt2Img):
-    """Prompt → image."""
+class Reference(BaseModel):
+    """Weights in a folder of their own; a text alone is the `model`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelName = Field(description="builtin:NAME, a hub id such as org/name, a local folder, or s3://… of one")
+    revision: str | None = Field(None, description="commit or tag of a hub model; needed there, and only there")
+    variant: str | None = Field(None, description="weight file variant, such as fp16")
+
+
+class FileReference(BaseModel):
+    """Weights in one file; a text alone is the `model`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelName = Field(description="a safetensors file or a folder with one, local or s3://…, or a hub id")
+    revision: str | None = Field(None, description="commit or tag of a hub model; needed there, and only there")
+    weight_name: str | None = Field(
+        None, description="of a hub model or a folder: the file; diffusers' own name if left out"
+    )
+
+
+class LoraReference(FileReference):
+    """A LoRA that rows can name."""
+
+    scale: float = Field(1.0, ge=-10, le=10, description="multiplied with the row's lora_scale")
+
+
+class EmbeddingReference(FileReference):
+    """A textual inversion."""
+
+    token: str | None = Field(None, description="what stands for it in prompts; the file's own, else its name")
+
+
+def _as_mapping(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+AnyReference = Annotated[Reference, BeforeValidator(_as_mapping, json_schema_input_type=str | Reference)]
+AnyLora = Annotated[LoraReference, BeforeValidator(_as_mapping, json_schema_input_type=str | LoraReference)]
+AnyEmbedding = Annotated[
+    EmbeddingReference, BeforeValidator(_as_mapping, json_schema_input_type=str | EmbeddingReference)
+]
+REFERENCES: dict[str, type[BaseModel]] = {
+    "vae": Reference,
+    "controlnet": Reference,
+    "textual_inversion": EmbeddingReference,
+    "loras": LoraReference,
+}
+"""What stands in the fields of a stage that name other weights than its model."""
+
+LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+
+
+class Adapted(BaseModel):
+    """What a stage can have beside its model."""
+
+    vae: AnyReference | None = Field(None, description="an AutoencoderKL in place of the model's own")
+    textual_inversion: list[AnyEmbedding] = Field(
+        default_factory=list, description="embeddings of new tokens in prompts"
+    )
+    loras: dict[LoraName, AnyLora] = Field(
+        default_factory=dict, description="LoRAs by the name that rows choose them by"
+    )
+    lora: str | None = Field(
+        None, min_length=1, description="of rows that bring none: a name in loras, a safetensors file, 'a + b', or none"
+    )
+    lora_scale: float = Field(1.0, ge=-10, le=10, description="of rows that bring none")
+    controlnet: AnyReference | None = Field(None, description="a ControlNetModel; each row brings a control_image")
+    controlnet_conditioning_scale: float | None = Field(
+        None, ge=0, le=10, description="weight of the ControlNet, of rows that bring none; 1.0 if left out"
+    )
+
+    @model_validator(mode="after")
+    def _controlled(self) -> Adapted:
+        if self.controlnet is None and self.controlnet_conditioning_scale is not None:
+            raise ValueError("controlnet_conditioning_scale without a controlnet; give one, or leave it out")
+        if "none" in self.loras:
+            raise ValueError("loras.none: none is without a LoRA; choose another name")
+        return self
+
+
+class Txt2ImgStage(Pool, Adapted, Txt2Img, Resized, Background):
+    """Prompt → image; `resize` and `background` are of its control image."""
 
     op: Literal["txt2img"]
     op_class: ClassVar[type[Op]] = Txt2Img
 
+    @model_validator(mode="after")
+    def _resizes_something(self) -> Txt2ImgStage:
+        if self.resize is not None and self.controlnet is None:
+            raise ValueError("resize is of control images, and there is no controlnet; leave it out")
+        return self
 
-class Img2ImgStage(Pool, ImageInput, Background, Img2Img):
+
+class Img2ImgStage(Pool, Adapted, ImageInput, Background, Img2Img):
     """Image + prompt → image."""
 
     op: Literal["img2img"]
     op_class: ClassVar[type[Op]] = Img2Img
 
 
-class InpaintStage(Pool, ImageInput, Background, Inpaint):
+class InpaintStage(Pool, Adapted, ImageInput, Background, Inpaint):
     """Image + mask + prompt → image."""
 
     op: Literal["inpaint"]
@@ -153,17 +251,33 @@ SCALES = {"upscale": 4}
 """How much larger a stage's picture is than its image, per side."""
 
 
+def reads(stage: AnyStage) -> frozenset[str]:
+    """The columns of a row that the op looks at."""
+    control = isinstance(stage, Adapted) and stage.controlnet is not None
+    return stage.reads | ({"control_image"} if control else frozenset())
+
+
 def row_parameters(stage: AnyStage) -> frozenset[str]:
     """The columns that set a parameter of `stage`, where it is a job's first; `height` and `width` among them."""
     own = {name for name in ("height", "width") if name in type(stage).model_fields}
     # Latents keep their captions, which a training joins to their embeddings.
     captions = {"prompt"} if stage.op in ("encode", "decode") else set()
-    return (stage.reads & frozenset(ROW_PARAMETERS)) | own | captions
+    adapters = {"lora", "lora_scale"} if isinstance(stage, Adapted) else set()
+    if "control_image" in reads(stage):
+        adapters.add("controlnet_conditioning_scale")
+    return (reads(stage) & frozenset(ROW_PARAMETERS)) | own | captions | adapters
+
+
+def not_output(stage: AnyStage) -> set[str]:
+    """Fields that change no picture, or by their spelling alone: weights are told by their content (see `adapters`)."""
+    takes_image = not {"image", "control_image"}.isdisjoint(reads(stage))
+    unused = set() if takes_image else {"resize", "background"}
+    return {"model", "revision"} | set(Adapted.model_fields) | stage.run_only | unused
 
 
 def output_settings(stage: AnyStage, first: bool) -> dict[str, Any]:
-    """What, beside a row's own parameters and the weights, decides over the bits of the stage's pictures."""
-    left_out = set(Pool.model_fields) | stage.run_only | {"model", "revision"}
+    """What, beside a row's own parameters and all weights, decides over the bits of the stage's pictures."""
+    left_out = set(Pool.model_fields) | not_output(stage)
     if first:
         left_out |= row_parameters(stage) | {"num_images_per_prompt"}
     return stage.model_dump(mode="json", exclude=left_out)

@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ldm_ops.builtin
 from ldm_ops.describe import ModelFacts, NotAModel, describe
@@ -25,7 +25,8 @@ from pipelines.storage import Store
 
 BUILTIN = Path(ldm_ops.builtin.__file__).parent
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+Found = TypeVar("Found")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
@@ -55,6 +56,26 @@ def identify(
         JobError: no such model, no revision for a hub id, or a folder that may not be loaded.
     """
     try:
+        return find(model, revision, variant, storage_options, describe)
+    except NotAModel as error:
+        raise JobError(f"model {model}: {error}") from None
+
+
+def find(
+    model: str,
+    revision: str | None,
+    variant: str | None,
+    storage_options: dict[str, Any] | None,
+    look: Callable[[Path], Found],
+) -> tuple[Weights, Found]:
+    """The exact weights that `model` names, and what `look` finds in a folder with their JSON files.
+
+    The weights in that folder may be empty files that stand for what has still to be fetched.
+
+    Raises:
+        JobError: no such model, or no revision for a hub id.
+    """
+    try:
         if model.startswith("builtin:"):
             name = model.removeprefix("builtin:")
             folder = BUILTIN / name
@@ -62,22 +83,22 @@ def identify(
                 raise JobError(f"model {model}: a built-in model has no revision and no variant; leave them out")
             if name not in builtin_names():
                 raise JobError(f"model {model}: no such built-in model; one of {', '.join(builtin_names())}")
-            return _local(model, folder, None), describe(folder)
+            found = look(folder)
+            return _local(model, folder, None), found
         if "://" in model:
-            return _identify_url(model, variant, storage_options or {})
+            return _find_url(model, variant, storage_options or {}, look)
         folder = Path(model).expanduser()
         if folder.is_dir():
-            facts = describe(folder)
+            # Before the digest: what is no model may be large.
+            found = look(folder)
             if variant and not any(folder.rglob(f"*.{variant}*.safetensors")):
                 raise JobError(f"model {model}: no weights of variant {variant} in {folder}; leave `variant` out")
-            return _local(model, folder.resolve(), variant), facts
-        if not _HUB_ID.match(model) or model.startswith("."):
+            return _local(model, folder.resolve(), variant), found
+        if not HUB_ID.match(model) or model.startswith("."):
             raise JobError(
                 f"model {model}: no such folder; give builtin:NAME, org/name with revision, a folder or s3://…"
             )
-        return _identify_hub(model, revision, variant)
-    except NotAModel as error:
-        raise JobError(f"model {model}: {error}") from None
+        return _find_hub(model, revision, variant, look)
     except OSError as error:
         raise JobError(f"model {model}: {error.filename} cannot be read ({error.strerror})") from None
 
@@ -119,7 +140,7 @@ def fetch(weights: Weights) -> Path:
     if weights.kind == "hub":
         return _hub_folder(weights.location, weights.revision, weights.variant, _hub_patterns(weights.variant))
     target = cache_folder() / weights.revision
-    with _one_at_a_time(target):
+    with one_at_a_time(target):
         if not target.is_dir():
             _download(weights, target, WANTED)
     return target
@@ -138,7 +159,9 @@ def _download(weights: Weights, target: Path, patterns: tuple[str, ...]) -> None
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _identify_url(model: str, variant: str | None, storage_options: dict[str, Any]) -> tuple[Weights, ModelFacts]:
+def _find_url(
+    model: str, variant: str | None, storage_options: dict[str, Any], look: Callable[[Path], Found]
+) -> tuple[Weights, Found]:
     store = Store(model, storage_options)
     listing = store.filesystem.find(model, detail=True) if store.list("") else {}
     if not listing:
@@ -152,20 +175,36 @@ def _identify_url(model: str, variant: str | None, storage_options: dict[str, An
     weights = Weights(model, total.hexdigest()[:16], "url", model.rstrip("/"), variant, size, storage_options)
     folder = cache_folder() / weights.revision
     if folder.is_dir():
-        return weights, describe(folder)
+        return weights, look(folder)
     # The driver needs the JSON files only; the nodes that compute fetch the weights.
     facts = cache_folder() / f"{weights.revision}.facts"
-    with _one_at_a_time(facts):
+    with one_at_a_time(facts):
         if not facts.is_dir():
             _download(weights, facts, ("*.json",))
             for path in store.list(""):
                 if not path.endswith(".json"):
                     (facts / path).parent.mkdir(parents=True, exist_ok=True)
                     (facts / path).touch()
-    return weights, describe(facts)
+    return weights, look(facts)
 
 
-def _identify_hub(model: str, revision: str | None, variant: str | None) -> tuple[Weights, ModelFacts]:
+def _find_hub(
+    model: str, revision: str | None, variant: str | None, look: Callable[[Path], Found]
+) -> tuple[Weights, Found]:
+    commit = commit_of(model, revision)
+    folder = _hub_folder(model, commit, variant, ["*.json"])
+    commit = folder.name if _COMMIT.match(folder.name) else commit
+    whole = _hub_folder(model, commit, variant, _hub_patterns(variant), offline=True) if _is_cached(folder) else None
+    found = look(whole or _with_names(model, commit, folder))
+    return Weights(model, commit, "hub", model, variant, weights_bytes(whole) if whole else 0), found
+
+
+def commit_of(model: str, revision: str | None) -> str:
+    """The commit that `revision` of a hub model means; offline it is taken as it is.
+
+    Raises:
+        JobError: no revision, or none that the hub knows.
+    """
     if revision is None:
         raise JobError(
             f"model {model}: a hub model needs `revision:` (a commit, or a tag), so that the same job means the same "
@@ -174,17 +213,11 @@ def _identify_hub(model: str, revision: str | None, variant: str | None) -> tupl
     from huggingface_hub import HfApi, constants
 
     if _COMMIT.match(revision) or constants.HF_HUB_OFFLINE:
-        commit = revision
-    else:
-        try:
-            commit = str(HfApi().model_info(model, revision=revision).sha)
-        except Exception as error:  # noqa: BLE001 - the hub's client lets its HTTP library's exceptions through
-            raise JobError(_hub_problem(model, revision, error)) from None
-    folder = _hub_folder(model, commit, variant, ["*.json"])
-    commit = folder.name if _COMMIT.match(folder.name) else commit
-    whole = _hub_folder(model, commit, variant, _hub_patterns(variant), offline=True) if _is_cached(folder) else None
-    facts = describe(whole or _with_names(model, commit, folder))
-    return Weights(model, commit, "hub", model, variant, weights_bytes(whole) if whole else 0), facts
+        return revision
+    try:
+        return str(HfApi().model_info(model, revision=revision).sha)
+    except Exception as error:  # noqa: BLE001 - the hub's client lets its HTTP library's exceptions through
+        raise JobError(hub_problem(model, revision, error)) from None
 
 
 def _is_cached(folder: Path) -> bool:
@@ -196,14 +229,14 @@ def _with_names(model: str, commit: str, folder: Path) -> Path:
     from huggingface_hub import HfApi
 
     facts = cache_folder() / f"{commit}.facts"
-    with _one_at_a_time(facts):
+    with one_at_a_time(facts):
         if not facts.is_dir():
             partial = facts.with_name(f"{facts.name}.partial-{uuid.uuid4().hex[:8]}")
             shutil.copytree(folder, partial)
             try:
                 names = HfApi().list_repo_files(model, revision=commit)
             except Exception as error:  # noqa: BLE001 - as above
-                raise JobError(_hub_problem(model, commit, error)) from None
+                raise JobError(hub_problem(model, commit, error)) from None
             for name in names:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).touch()
@@ -226,7 +259,7 @@ def _hub_folder(model: str, revision: str, variant: str | None, wanted: list[str
             )
         )
     except Exception as error:  # noqa: BLE001 - the hub's client lets its HTTP library's exceptions through
-        raise JobError(_hub_problem(model, revision, error)) from None
+        raise JobError(hub_problem(model, revision, error)) from None
 
 
 def _hub_patterns(variant: str | None) -> list[str]:
@@ -236,7 +269,7 @@ def _hub_patterns(variant: str | None) -> list[str]:
     return ["*.json", "*.txt", "*.model", *weights, "diffusion_pytorch_model*.safetensors"]
 
 
-def _hub_problem(model: str, revision: str, error: BaseException) -> str:
+def hub_problem(model: str, revision: str, error: BaseException) -> str:
     first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return (
         f"model {model}@{revision}: not to be had ({first}); check the id, the revision, HF_TOKEN for gated models, "
@@ -245,7 +278,7 @@ def _hub_problem(model: str, revision: str, error: BaseException) -> str:
 
 
 @contextmanager
-def _one_at_a_time(target: Path) -> Iterator[None]:
+def one_at_a_time(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f"{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,13 +6,15 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from ldm_ops.device import device_name, free_memory, set_threads
 from ldm_ops.op import Op, Row, RowRefused
+from ldm_ops.sampling import Sampling
+from pipelines.adapters import LoraShelf, StageAdapters
 from pipelines.blocks import GEOMETRY, MAX_MESSAGE_CHARS, RESULT_FIELDS, pack, unpack, with_results
 from pipelines.inputs import BadImage, Loader
 from pipelines.rows import derived_seed
@@ -29,6 +31,7 @@ class Place:
     index: int
     is_last: bool
     loader: Loader | None
+    adapters: StageAdapters = field(default_factory=StageAdapters)
 
     def row(self, planned: Row) -> dict[str, Any]:
         """What the op sees of a row: its own parameters in the first stage, later the stage's."""
@@ -38,8 +41,11 @@ class Place:
             row = {name: getattr(self.stage, name, None) for name in ROW_PARAMETERS}
             row["prompt"] = row["prompt"] if row["prompt"] is not None else planned["prompt"]
             row["seed"] = derived_seed(planned["seed"], f"stage {self.index}", 0)
+            row["lora"] = self.adapters.lora
         row["image"] = None if planned["pixels"] is None else unpack(planned["pixels"])
         row["mask_image"] = None if planned["mask_pixels"] is None else unpack(planned["mask_pixels"])
+        row["control_image"] = None if planned["control_pixels"] is None else unpack(planned["control_pixels"])
+        row["lora_revision"] = self.adapters.lora_revision if self.index else planned["lora_revision"]
         row["latents"] = None if planned["latents_data"] is None else unpack(planned["latents_data"])
         if self.index and self.loader is not None:
             cut = self.loader.fit(row["image"], row["height"], row["width"])
@@ -63,7 +69,9 @@ class Worker:
         self.weights = weights
         self.store = store
         self.stop_path = stop_path
-        self.model = op.load(fetch(weights))
+        folder = fetch(weights)
+        self.model = op.load(folder, place.adapters.fetch()) if isinstance(op, Sampling) else op.load(folder)
+        self.loras = LoraShelf(place.adapters)
         self.device = device_name(op.device)
         self.safe_size: dict[tuple[Any, ...], int] = {}
         self.name = f"{socket.gethostname()}:{os.getpid()}"
@@ -80,7 +88,8 @@ class Worker:
                 continue
             try:
                 row = self.place.row(planned)
-            except BadImage as error:
+                row["loras"] = self.loras.take(row["lora"], row["lora_revision"], row["lora_scale"])
+            except (BadImage, RowRefused) as error:
                 results[i] |= self._done(planned, failure(self.op, error))
                 continue
             buckets.setdefault(self.op.bucket(row), []).append((i, row))
@@ -115,6 +124,7 @@ class Worker:
                 name: row.get(name) if row is not None else None
                 for name in ("seed", "num_inference_steps", "guidance_scale", "scheduler", "strength")
             },
+            "adapters": self.place.adapters.records(row) if row is not None else [],
         }
         done = {**result, "stage": stage.op, "stages": [*(before["stages"] or ()), record]}
         if result["status"] == "ok":

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     LDMSuperResolutionPipeline,
     SD3Transformer2DModel,
@@ -24,6 +26,8 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -242,3 +246,44 @@ def safety_checker(flags: bool) -> StableDiffusionSafetyChecker:
         checker.concept_embeds_weights.fill_(-2.0 if flags else 2.0)
         checker.special_care_embeds_weights.fill_(2.0)
     return checker
+
+
+def save_lora(pipe: DiffusionPipeline, folder: Path, seed: int, text: bool = False, rank: int = 4) -> Path:
+    """A random LoRA for the U-Net or transformer of `pipe`, of its text encoder too where asked."""
+    torch.manual_seed(seed)
+    options = {"r": rank, "lora_alpha": 2 * rank, "init_lora_weights": False}
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    backbone = getattr(pipe, name)
+    backbone.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **options))
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(backbone)}
+    if text:
+        pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipe.text_encoder)
+    pipe.save_lora_weights(folder, **layers)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def save_controlnet(model: UNet2DConditionModel, folder: Path, seed: int = 0) -> Path:
+    """A random ControlNet for a U-Net, its last layers too, which are zero in a new one."""
+    torch.manual_seed(seed)
+    controlnet = ControlNetModel.from_unet(model)
+    for weight in controlnet.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.2)
+    controlnet.save_pretrained(folder)
+    return folder
+
+
+def save_embedding(folder: Path, token: str, vectors: int = 1, seed: int = 0, width: int = WIDTH) -> Path:
+    """A textual inversion in diffusers' layout."""
+    torch.manual_seed(seed)
+    folder.mkdir(exist_ok=True)
+    save_file({token: torch.randn(vectors, width)}, folder / "learned_embeds.safetensors")
+    return folder / "learned_embeds.safetensors"
+
+
+def save_vae(folder: Path, seed: int = 9) -> Path:
+    """Another autoencoder that fits the tiny models."""
+    torch.manual_seed(seed)
+    vae().save_pretrained(folder)
+    return folder

@@ -1,0 +1,214 @@
+"""What weights that go beside a model say of themselves, and whether they fit it: JSON and file headers, no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ldm_ops.describe import PICKLED
+
+Shapes = dict[str, tuple[int, ...]]
+"""Names and shapes of the tensors of a file."""
+
+CONTROLLED = {
+    "txt2img": ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    "img2img": ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    "inpaint": (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    ),
+}
+"""The pipelines that take a ControlNet, by op."""
+
+_LORA = re.compile(
+    r"^(?P<module>.+?)\.(?:lora_(?P<a>A|B|down|up)|(?:lora|lora_linear_layer)\.(?P<b>down|up))(?:\.default(?:_\d+)?)?\.weight$"
+)
+_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+_OF_TRANSFORMERS = (
+    "transformer.",
+    "lora_transformer_",
+    "diffusion_model.",
+    "lora_unet_double_blocks",
+    "lora_unet_single_blocks",
+)
+_OF_UNETS = ("unet.", "lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks", "lora_unet_input_blocks")
+
+
+class Unfit(ValueError):
+    """Weights that do not fit the model, or are not of the kind that is asked for."""
+
+
+def refuse_pickle(name: str) -> None:
+    """Raise Unfit unless `name` is that of a safetensors file."""
+    if Path(name).suffix in PICKLED:
+        raise Unfit(f"{name} is pickled, which can run code when loaded; convert it to safetensors")
+    if not name.endswith(".safetensors"):
+        raise Unfit(f"{name} is no safetensors file; give one that ends in .safetensors")
+
+
+def read_shapes(path: Path) -> Shapes:
+    """The header of a safetensors file.
+
+    Raises:
+        Unfit: it is none, whatever its name says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise Unfit(f"{path.name} is no whole safetensors file ({error})") from None
+
+
+def check_lora(shapes: Shapes, model: Path) -> None:
+    """Whether a LoRA (Hu et al. 2021, arXiv:2106.09685) fits the model in `model`, as far as headers tell.
+
+    Raises:
+        Unfit: no LoRA, one of another architecture, or of other sizes.
+    """
+    if not any("lora" in name.lower() for name in shapes):
+        first = next(iter(shapes), "none")
+        raise Unfit(f"holds no LoRA, its first tensor is {first}; LoHa, LoKr and whole models are none")
+    pipeline = _config(model / "model_index.json").get("_class_name")
+    is_unet = (model / "unet").is_dir()
+    other = _OF_TRANSFORMERS if is_unet else _OF_UNETS
+    if any(name.startswith(other) for name in shapes):
+        made_for, has = ("a transformer", "a U-Net") if is_unet else ("a U-Net", "a transformer")
+        raise Unfit(f"is made for {made_for}, the model ({pipeline}) has {has}")
+    weights = {part: _weights(model / part) for part in _PARTS}
+    joined = {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in weights["unet"].items()}
+    text_width = _config(model / "unet" / "config.json").get("cross_attention_dim")
+    for name, shape in shapes.items():
+        match = _LORA.match(name)
+        if match is None or len(shape) < 2:
+            continue
+        module, is_down = match["module"], (match["a"] or match["b"]) in ("A", "down")
+        part, _, inner = module.partition(".")
+        inner = inner.removeprefix("text_model.")
+        wanted = joined.get(module)
+        if weights.get(part):
+            wanted = weights[part].get(inner)
+            if wanted is None:
+                raise Unfit(f"changes {module}, which the model ({pipeline}) does not have")
+        at = 1 if is_down else 0
+        size = wanted[at] if wanted is not None else shape[at]
+        if is_down and re.search(r"attn2[._]to_[kv]$", module) and isinstance(text_width, int):
+            size = text_width
+        if shape[at] != size:
+            raise Unfit(f"is for another model: {name} has {shape[at]} channels, {pipeline} has {size} there")
+
+
+def check_embedding(shapes: Shapes, model: Path, stem: str, token: str | None) -> str:
+    """The token of a textual inversion (Gal et al. 2022, arXiv:2208.01618); `stem` where neither file nor job names it.
+
+    Raises:
+        Unfit: none, one for other text encoders, or a token that the tokenizer knows already.
+    """
+    pipeline = str(_config(model / "model_index.json").get("_class_name"))
+    if not (model / "unet").is_dir() or not pipeline.startswith("StableDiffusion"):
+        raise Unfit(f"textual inversion goes with Stable Diffusion 1, 2 and XL, not with {pipeline}")
+    widths = [
+        _config(model / part / "config.json").get("hidden_size")
+        for part in ("text_encoder", "text_encoder_2")
+        if (model / part).is_dir()
+    ]
+    names = ["clip_l", "clip_g"] if len(widths) == 2 else list(shapes)
+    if len(widths) == 2 and set(shapes) != {"clip_l", "clip_g"}:
+        raise Unfit(
+            f"holds {', '.join(list(shapes)[:3])}; {pipeline} needs clip_l and clip_g, one for each text encoder"
+        )
+    if len(names) != 1 and len(widths) == 1:
+        raise Unfit(f"holds {len(names)} tensors; a textual inversion for {pipeline} holds one")
+    for name, width in zip(names, widths, strict=True):
+        if shapes[name][-1] != width or len(shapes[name]) > 2:
+            raise Unfit(f"{name} is of width {shapes[name][-1]}, the text encoder of {pipeline} of {width}")
+    token = token or (stem if names[0] in ("clip_l", "emb_params", "*") else names[0])
+    if token in _words(model / "tokenizer"):
+        raise Unfit(f"its token {token!r} is a word of the tokenizer already; give another with token:")
+    return token
+
+
+def check_vae(folder: Path, model: Path) -> None:
+    """Whether an autoencoder, FOLDER/vae or FOLDER itself, can stand in for the model's own.
+
+    Raises:
+        Unfit: no AutoencoderKL, or one with other latents.
+    """
+    own, other = (_config(vae_folder(place) / "config.json") for place in (model, folder))
+    for config, whose in ((other, "is"), (own, "cannot stand in for")):
+        if config.get("_class_name") != "AutoencoderKL":
+            found = config.get("_class_name", "folder without an autoencoder")
+            raise Unfit(f"{whose} a {found}; the model's own and the other must be AutoencoderKL")
+    if not any(vae_folder(folder).glob("*.safetensors")):
+        raise Unfit("holds no *.safetensors; save it with save_pretrained(safe_serialization=True)")
+    for what, ours, theirs in (
+        ("latent channels", own.get("latent_channels", 4), other.get("latent_channels", 4)),
+        ("pixels a latent", _factor(own), _factor(other)),
+    ):
+        if ours != theirs:
+            raise Unfit(f"is for another model: it has {theirs} {what}, the model's own {ours}")
+
+
+def check_controlnet(folder: Path, model: Path, op: str) -> None:
+    """Whether a ControlNet (Zhang et al. 2023, arXiv:2302.05543) fits the model.
+
+    Raises:
+        Unfit: no ControlNetModel, one for another model, or a model whose `op` takes none.
+    """
+    config = _config(folder / "config.json")
+    if config.get("_class_name") != "ControlNetModel":
+        raise Unfit(f"is a {config.get('_class_name', 'folder without a config.json')}; a ControlNetModel is needed")
+    if not any(folder.glob("*.safetensors")):
+        raise Unfit("holds no *.safetensors; save it with save_pretrained(safe_serialization=True)")
+    pipeline = _config(model / "model_index.json").get("_class_name")
+    if pipeline not in CONTROLLED[op]:
+        raise Unfit(f"{op} with a ControlNet takes {' or '.join(CONTROLLED[op])}; the model is a {pipeline}")
+    unet = _config(model / "unet" / "config.json")
+    for name in ("cross_attention_dim", "block_out_channels", "addition_embed_type"):
+        if config.get(name) != unet.get(name):
+            raise Unfit(f"is for another model: {name} is {config.get(name)}, the model's U-Net has {unet.get(name)}")
+
+
+def vae_folder(folder: Path) -> Path:
+    """Where a folder's autoencoder is: beside the other parts of a pipeline, or alone."""
+    return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
+def _words(tokenizer: Path) -> set[str]:
+    """All that a tokenizer knows, as its files of either kind say."""
+    whole = _config(tokenizer / "tokenizer.json")
+    added = {one.get("content") for one in whole.get("added_tokens") or ()}
+    return {*_config(tokenizer / "vocab.json"), *((whole.get("model") or {}).get("vocab") or ()), *added}
+
+
+def _factor(config: dict[str, Any]) -> int:
+    return int(2 ** (len(config.get("block_out_channels") or [0] * 4) - 1))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise Unfit(f"{path} is not valid JSON ({error})") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _weights(folder: Path) -> Shapes:
+    """Shapes of the modules of one part of a model; empty where its weights are not on this machine."""
+    found: Shapes = {}
+    for path in folder.glob("*.safetensors"):
+        # A part that has still to be fetched is stood in for by an empty file.
+        if path.stat().st_size:
+            found |= read_shapes(path)
+    return {
+        name.removesuffix(".weight").removeprefix("text_model."): shape
+        for name, shape in found.items()
+        if name.endswith(".weight")
+    }
