@@ -41,6 +41,9 @@ AUTO_SHARDS = 16
 AUTO_MAX_BATCHES = 8
 AUTO_MAX_PIXEL_BYTES = 192 << 20
 
+NOWHERE = Chunk("", 0, 0, {})
+"""Where rows come from that no table asks for."""
+
 BUCKET = ("height", "width", "num_inference_steps", "scheduler", "guidance_scale", "strength")
 """What must be equal inside one device batch; beside it, whether there is a negative prompt at all: some pipelines
 (SDXL) treat none and an empty one differently, and a row must not notice its neighbours."""
@@ -206,6 +209,15 @@ class _Planner:
             )
         if num_wrong == num_pictures:
             raise JobError("\n".join(problems) + "\nno row can be made")
+        # After the table: what it asks for itself is no addition.
+        for row in self.resolver.beside():
+            if row.key not in counts:
+                counts[row.key] = 1
+                num_pictures += 1
+                if row.key in known:
+                    num_known += 1
+                else:
+                    tables.append(row_table(NOWHERE, [row], []))
         del ids, known, held_ids
         table = manifest.concat(tables) if tables else pa.schema(OWN_FIELDS).empty_table()
         new: Plan | None = None
@@ -320,7 +332,7 @@ class _Planner:
                 "batches": int(per_bucket[i]),
             }
             for i in range(len(starts))
-            if first["seed"][i].is_valid
+            if not first["problem"][i].is_valid
         ]
         return plan, table, buckets
 

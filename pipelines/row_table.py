@@ -44,8 +44,8 @@ def row_table(chunk: Chunk, rows: list[PlannedRow], passing: list[tuple[str, lis
         "key": [row.key for row in rows],
         "id": [row.id for row in rows],
         **{name: [row.values[i] for row in rows] for i, name in enumerate(ROW_PARAMETERS)},
-        "source_uri": [chunk.uri] * len(rows),
-        "source_row": [chunk.first_row + row.source_index for row in rows],
+        "source_uri": [chunk.uri or None] * len(rows),
+        "source_row": [chunk.first_row + row.source_index if chunk.uri else None for row in rows],
         "image_version": [row.image_version for row in rows],
         "problem": [row.problem for row in rows],
     }

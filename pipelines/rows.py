@@ -72,6 +72,7 @@ class Resolver:
         stage, source = job.stage, job.source
         facts = models[0][1]
         self.job = job
+        self.by_caption = stage.op == "embed"
         self.takes = row_parameters(stage)
         self.references = References(source.storage_options)
         self.readers: dict[str, Callable[[Any], Any]] = {
@@ -92,7 +93,7 @@ class Resolver:
             **{name: getattr(stage, name, None) for name in ("num_inference_steps", "guidance_scale")},
             "scheduler": getattr(stage, "scheduler", None) or facts.scheduler or None,
         }
-        if self.defaults["prompt"] is None and stage.op in ("upscale", "encode", "decode"):
+        if self.defaults["prompt"] is None and stage.op in ("upscale", "encode", "decode", "embed"):
             self.defaults["prompt"] = ""
         for name in ("height", "width", "scheduler"):
             if getattr(stage, name, None) is not None:
@@ -172,9 +173,11 @@ class Resolver:
                     raise JobError(f"{chunk.uri}: source.pass_through: no column {name!r}; the table has {there}")
         if first:
             for name in ("prompt", "image", "mask_image", "latents"):
-                needed = name in self.takes and name not in self.templates and self.defaults.get(name) is None
+                # A caption may be empty, but captions that are nowhere are a mistake.
+                optional = self.defaults.get(name) is not None and not self.by_caption
+                needed = name in self.takes and name not in self.templates and not optional
                 if needed and self.column(name) not in chunk.columns:
-                    other = ", or give stages.0.prompt" if name == "prompt" else ""
+                    other = ", or give stages.0.prompt" if name == "prompt" and not self.by_caption else ""
                     raise JobError(
                         f"{chunk.uri}: no column {name!r}; the table has {there}; name it with source.columns: "
                         f"{{{name}: …}}{other}"
@@ -186,7 +189,12 @@ class Resolver:
                 raise JobError(f"{chunk.uri}: {name} is a column and an axis of source.matrix; keep one")
 
     def passing(self, chunk: Chunk) -> list[tuple[str, list[Any]]]:
-        """The columns that go into the manifest as they are: what no parameter uses, or the job's choice of that."""
+        """The columns that go into the manifest as they are: what no parameter uses, or the job's choice of that.
+
+        None where a row stands for all that have its caption.
+        """
+        if self.by_caption:
+            return []
         used = {self.column(name) for name in ("id", *self.takes)}
         wanted = self.job.source.pass_through
         return [
@@ -199,6 +207,8 @@ class Resolver:
         """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
         self.check_columns(chunk)
         raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *self.takes)}
+        if self.by_caption:
+            raw["id"] = None
         for name in ("image", "mask_image"):
             if raw.get(name) is not None and (name != "image" or chunk.versions is None):
                 self.references.prepare(chunk.base, raw[name] or ())
@@ -218,6 +228,12 @@ class Resolver:
                 yield self._wrong(chunk, raw, i, str(error))
                 continue
             yield from self._expand(row_id, values, versions, i, cells)
+
+    def beside(self) -> list[PlannedRow]:
+        """Rows that belong to a job whatever its table holds: of embed the null caption, which guidance is trained on."""
+        if not self.by_caption:
+            return []
+        return list(self._expand(None, ["" if name == "prompt" else None for name in ROW_PARAMETERS], [], 0, ""))
 
     def _place(self, chunk: Chunk, values: list[Any], i: int) -> list[str]:
         """Put where an image lies in place of what the table says; return its version, which the key holds instead."""
@@ -307,7 +323,9 @@ class Resolver:
                     made[_AT[name]] = None
                 seed = made[_AT["seed"]]
                 # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
-                if seed is None:
+                if self.by_caption:
+                    pass  # Nothing here is drawn.
+                elif seed is None:
                     identity = row_id or "\0".join([made[_AT["prompt"]], *versions])
                     made[_AT["seed"]] = derived_seed(self.job.seed, identity, image)
                 elif image:
