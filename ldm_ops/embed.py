@@ -117,7 +117,9 @@ class Embed(Op):
             mask_BT = by_name["prompt_attention_mask"].bool().cpu()
             lengths = mask_BT.sum(1).tolist()
             if not torch.equal(mask_BT, torch.arange(mask_BT.shape[1]) < mask_BT.sum(1, keepdim=True)):
-                raise RowRefused("model.unsupported", "the tokenizer pads on the left; embed takes padding on the right")
+                raise RowRefused(
+                    "model.unsupported", "the tokenizer pads on the left; embed takes padding on the right"
+                )
         return [
             {
                 "prompt_embeds": _array(embeds_BTD[i, :length]),
@@ -129,7 +131,7 @@ class Embed(Op):
 
     def _arguments(self, model: TextEncoders, prompts: list[str]) -> dict[str, Any]:
         # Some pipelines ask for the prompts of their other encoders; with None those get the first one's.
-        others = {name: None for name in ("prompt_2", "prompt_3") if name in model.accepts}
+        others: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in model.accepts}
         # What a caption gives in guidance's other half belongs to the null caption's own row.
         guidance = {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in model.accepts else {}
         length = sequence_length(model.pipe, self.max_sequence_length)

@@ -230,7 +230,7 @@ class Resolver:
             yield from self._expand(row_id, values, versions, i, cells)
 
     def beside(self) -> list[PlannedRow]:
-        """Rows that belong to a job whatever its table holds: of embed the null caption, which guidance is trained on."""
+        """Rows of a job whatever its table holds: of embed the null caption, which guidance is trained on."""
         if not self.by_caption:
             return []
         return list(self._expand(None, ["" if name == "prompt" else None for name in ROW_PARAMETERS], [], 0, ""))

@@ -252,7 +252,7 @@ def refuse_local_images(store: Store, shard: Shard) -> None:
 
 
 def encoder_of(stage: AnyStage, weights: Weights, facts: ModelFacts) -> LatentsHead | EmbeddingsHead | None:
-    """What latents or text embeddings say of the encoder that made them; their shape is theirs. None of another stage."""
+    """What latents or text embeddings say of the encoder that made them, but for shapes; None of another stage."""
     if isinstance(stage, EmbedStage):
         return EmbeddingsHead(
             encoder=weights.name,

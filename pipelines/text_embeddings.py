@@ -76,7 +76,7 @@ class TextEmbeddings:
             return self._cache[caption]
         found = self._find(caption)
         if found is None:
-            raise JobError(f"{self.store.url} has no embedding of the caption {caption[:80]!r}; embed it first")
+            raise JobError(f"{self.store.url} has no embedding of {caption[:80]!r}; embed it first")
         embedding = self._read(caption, *found)
         self._cache[caption] = embedding
         self._cached_bytes += _size(embedding)
