@@ -11,9 +11,11 @@ for batch in DataLoader(dataset, batch_size=None, num_workers=2):
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
-from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_head
+from pipelines.latents_file import LatentsHead, NotLatents, as_array, mapped, read_head
 from pipelines.manifest import read_manifest
 from pipelines.open_files import OpenFiles
 from pipelines.storage import Store
@@ -39,7 +41,8 @@ WINDOW_BYTES = 512 << 20
 MAX_WORKERS = 256
 
 READERS = 16
-COLUMNS = ("key", "prompt", *GEOMETRY, "flipped")
+NUMBERS = (*GEOMETRY, "flipped")
+COLUMNS = ["key", "prompt", *NUMBERS]
 
 Integers = NDArray[np.int64]
 
@@ -55,10 +58,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Window:
-    """Row groups in memory: each row's latents, views on what was read, and lists of what stands beside them."""
+    """Row groups in memory: each row's latents, views on what was read, and what stands beside them.
+
+    `numbers` is (rows, 5): NUMBERS.
+    """
 
     latents: list[NDArray[Any]]
-    columns: dict[str, list[Any]]
+    keys: list[str]
+    prompts: list[str]
+    numbers: Integers
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,28 @@ class Bucket:
     @property
     def num_rows(self) -> int:
         return sum(group.num_rows for group in self.groups)
+
+
+class Batch(dict[str, Any]):
+    """A dict that a DataLoader's worker sends at less cost: small tensors travel inside the message.
+
+    Each tensor that torch sends costs a file of shared memory and a conversation about it, however few its bytes.
+    """
+
+    def __copy__(self) -> Batch:
+        return Batch(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        small = {
+            name: value.numpy()
+            for name, value in self.items()
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.bool)
+        }
+        return _received, ({name: value for name, value in self.items() if name not in small}, small)
+
+
+def _received(large: dict[str, Any], small: dict[str, NDArray[Any]]) -> Batch:
+    return Batch(large | {name: torch.from_numpy(value) for name, value in small.items()})
 
 
 class LatentDataset(IterableDataset[dict[str, Any]]):
@@ -105,6 +135,8 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         raw: give the stored moments, not a sample of them.
         text_embeddings: output of an `embed` job with the captions of all rows, and the empty one.
         caption_dropout: share of rows that go without their caption, drawn anew in each epoch; their `prompt` is "".
+        num_threads: threads that make batches ahead, in the same order. They hand over nothing between processes and so
+            beat a DataLoader's workers; leave those out then, or give each of them its threads.
         storage_options: for fsspec.
 
     Raises:
@@ -123,6 +155,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         raw: bool = False,
         text_embeddings: str | None = None,
         caption_dropout: float = 0.0,
+        num_threads: int = 0,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -131,6 +164,8 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             raise JobError(f"rank {rank} of world_size {world_size}; 0 to {world_size - 1}")
         if not 0 <= caption_dropout <= 1:
             raise JobError(f"caption_dropout {caption_dropout}; 0 to 1")
+        if num_threads < 0:
+            raise JobError(f"num_threads {num_threads}; 0 or more")
         self.store = Store(path, storage_options)
         self.batch_size = batch_size
         self.seed = seed
@@ -138,6 +173,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self.rank = rank
         self.world_size = world_size
         self.raw = raw
+        self.num_threads = num_threads
         self.caption_dropout = caption_dropout
         self.buckets = find_buckets(self.store, storage_options)
         self.embeddings = None if text_embeddings is None else TextEmbeddings(text_embeddings, storage_options)
@@ -206,12 +242,27 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._stream(i, self.buckets[i], epoch, begin + int(skipped[i]), end) for i, (begin, end) in enumerate(mine)
         ]
         # Noise of a batch is a matter of its place, so that it is the same after a resume.
-        for number, which in enumerate(turns[skip:].tolist(), skip):
+        asked = (
+            (self.buckets[which].head, next(streams[which]), epoch, [self.seed, epoch, self.rank, index, number, 1])
+            for number, which in enumerate(turns[skip:].tolist(), skip)
+        )
+        for batch in self._made(asked):
             if worker is None:
                 self._taken += 1
-            noise_seed = [self.seed, epoch, self.rank, index, number, 1]
-            yield self._batch(self.buckets[which].head, next(streams[which]), epoch, noise_seed)
+            yield batch
         self._state[2 + place] = finished + 1
+
+    def _made(self, asked: Iterator[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+        """Batches in the order that they are asked for, some of them ahead where there are threads for it."""
+        if not self.num_threads:
+            for arguments in asked:
+                yield self._batch(*arguments)
+            return
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            ahead = deque(pool.submit(self._batch, *arguments) for arguments in islice(asked, 2 * self.num_threads))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(self._batch, *arguments) for arguments in islice(asked, 1))
 
     def _batches(self, bucket: Bucket) -> int:
         return bucket.num_rows // self.batch_size // self.world_size
@@ -260,19 +311,31 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         """What consecutive `groups` hold of `rows`, numbers among all of these; and the rows' numbers in that."""
         bounds = np.cumsum([0, *(group.num_rows for group in groups)])
         needed = [i for i in range(len(groups)) if ((rows >= bounds[i]) & (rows < bounds[i + 1])).any()]
-        tables = [self._files[groups[i].uri].read_row_group(groups[i].index, [*COLUMNS, "latents"]) for i in needed]
-        starts = np.cumsum([0, *(table.num_rows for table in tables)])
+        read = [self._group(head, groups[i]) for i in needed]
+        starts = np.cumsum([0, *(table.num_rows for table, _ in read)])
         moved = rows.copy()
         for k, i in enumerate(needed):
             inside = (rows >= bounds[i]) & (rows < bounds[i + 1])
             moved[inside] = rows[inside] - bounds[i] + starts[k]
-        latents = [array for table in tables for array in as_array(table["latents"], head)]
-        beside = pa.concat_tables([table.select(COLUMNS) for table in tables])
-        return Window(latents, {name: beside[name].to_pylist() for name in COLUMNS}), moved
+        latents = [array for _, arrays in read for array in arrays]
+        beside = pa.concat_tables([table for table, _ in read])
+        numbers = np.stack([beside[name].cast(pa.int64()).to_numpy() for name in NUMBERS], 1)
+        return Window(latents, beside["key"].to_pylist(), beside["prompt"].to_pylist(), numbers), moved
+
+    def _group(self, head: LatentsHead, group: Group) -> tuple[pa.Table, NDArray[Any]]:
+        """COLUMNS of a row group, and its latents, which a file on this machine need not copy."""
+        file = self._files[group.uri]
+        if self.store.local is not None and isinstance(file, pq.ParquetFile):
+            latents = mapped(self.store.local / group.uri, file, group.index, head)
+            if latents is not None:
+                return file.read_row_group(group.index, COLUMNS), latents
+        table = file.read_row_group(group.index, [*COLUMNS, "latents"])
+        return table.select(COLUMNS), as_array(table["latents"], head)
 
     def _batch(self, head: LatentsHead, pieces: list[Piece], epoch: int, noise_seed: list[int]) -> dict[str, Any]:
         chosen = [(piece.window, row) for piece in pieces for row in piece.rows.tolist()]
-        columns = {name: [window.columns[name][row] for window, row in chosen] for name in COLUMNS}
+        keys = [window.keys[row] for window, row in chosen]
+        numbers = np.concatenate([piece.window.numbers[piece.rows] for piece in pieces])
         stored = np.empty((len(chosen), *head.shape), head.dtype)
         for place, (window, row) in zip(stored, chosen, strict=True):
             # The only copy between Arrow's memory, which is read-only, and the trainer's own.
@@ -286,19 +349,23 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             latents.mul_(0.5).exp_().mul_(noise).add_(mean).sub_(head.shift).mul_(head.scale)
         prompts = [
             "" if dropped else prompt
-            for prompt, dropped in zip(columns["prompt"], self._dropped(epoch, columns["key"]), strict=True)
+            for prompt, dropped in zip(
+                (window.prompts[row] for window, row in chosen), self._dropped(epoch, keys), strict=True
+            )
         ]
-        height, width = (side * head.factor for side in head.shape[1:])
-        batch = {
-            "latents": latents,
-            "key": columns["key"],
-            "prompt": prompts,
-            "original_size": _pairs(columns["original_height"], columns["original_width"]),
-            "crop_top_left": _pairs(columns["crop_top"], columns["crop_left"]),
-            "target_size": _pairs([height] * len(chosen), [width] * len(chosen)),
-            "flipped": torch.tensor(columns["flipped"], dtype=torch.bool),
-        }
-        return batch if self.embeddings is None else {**batch, **_embedded(self.embeddings, prompts)}
+        size = np.array(head.shape[1:], np.int64) * head.factor
+        batch = Batch(
+            latents=latents,
+            key=keys,
+            prompt=prompts,
+            original_size=torch.from_numpy(numbers[:, :2].copy()),
+            crop_top_left=torch.from_numpy(numbers[:, 2:4].copy()),
+            target_size=torch.from_numpy(np.tile(size, (len(chosen), 1))),
+            flipped=torch.from_numpy(numbers[:, 4].astype(bool)),
+        )
+        if self.embeddings is not None:
+            batch.update(_embedded(self.embeddings, prompts))
+        return batch
 
     def _dropped(self, epoch: int, keys: list[str]) -> list[bool]:
         """Whether each row goes without its caption in this epoch; a matter of seed, epoch and row alone."""
@@ -306,10 +373,6 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             return [False] * len(keys)
         digests = (hashlib.sha256(f"{self.seed} {epoch} {key}".encode()).digest() for key in keys)
         return [int.from_bytes(digest[:8], "big") < self.caption_dropout * 2**64 for digest in digests]
-
-
-def _pairs(first: list[int], second: list[int]) -> torch.Tensor:
-    return torch.tensor([first, second], dtype=torch.int64).T.contiguous()
 
 
 def _embedded(embeddings: TextEmbeddings, captions: list[str]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -57,16 +58,20 @@ class TextEmbeddings:
         self._files = OpenFiles(Store(path, storage_options), open_parquet)
         self._cache: OrderedDict[str, Embedding] = OrderedDict()
         self._cached_bytes = 0
+        self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_cached_bytes": 0}
+        return {**self.__dict__, "_cache": OrderedDict(), "_cached_bytes": 0, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": Lock()}
 
     def missing(self, captions: Iterable[str]) -> list[str]:
         """Those of `captions` that have no embedding."""
         return [caption for caption in captions if self._find(caption) is None]
 
     def __getitem__(self, caption: str) -> Embedding:
-        """The embedding of one caption, read-only.
+        """The embedding of one caption, read-only. For one thread at a time.
 
         Raises:
             JobError: there is none.
@@ -89,7 +94,8 @@ class TextEmbeddings:
 
         T is the longest of the batch; of a model without a mask all are of one length.
         """
-        found = [self[caption] for caption in captions]
+        with self._lock:
+            found = [self[caption] for caption in captions]
         longest = max(len(embeds) for embeds, _ in found)
         # Whole at once where nothing is to be filled up.
         make = np.empty if all(len(embeds) == longest for embeds, _ in found) else np.zeros
