@@ -29,6 +29,9 @@ PROMPT_ENCODERS: dict[str, tuple[str | None, ...]] = {
 }
 """Pipelines whose `encode_prompt` is known, and what it returns, in order; None is what belongs to guidance."""
 
+WITH_T5 = frozenset({"StableDiffusion3Pipeline", "FluxPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"})
+"""Those of them that take a `max_sequence_length`."""
+
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 

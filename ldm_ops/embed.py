@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from ldm_ops.describe import PROMPT_ENCODERS
+from ldm_ops.describe import PROMPT_ENCODERS, WITH_T5
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.sampling import ModelName, too_long
@@ -71,8 +72,8 @@ class Embed(Op):
             raise ValueError(f"{folder} is a {name}; embed knows {', '.join(sorted(PROMPT_ENCODERS))}")
         cls = getattr(diffusers, name)
         accepts = frozenset(inspect.signature(cls.encode_prompt).parameters)
-        if self.max_sequence_length is not None and "max_sequence_length" not in accepts:
-            raise ValueError(f"{name} has no T5; leave max_sequence_length out")
+        if self.max_sequence_length is not None and name not in WITH_T5:
+            raise ValueError(f"{folder} is a {name}, without a T5; leave max_sequence_length out")
         left_out: dict[str, Any] = {
             part: None
             for part, entry in index.items()
@@ -91,6 +92,11 @@ class Embed(Op):
             **left_out,
         )
         pipe.to(device)
+        shape = folder / "transformer" / "config.json"
+        if shape.is_file():
+            # SD3 asks its denoiser, which is not here, how wide the T5 would be that it lacks.
+            config = SimpleNamespace(**json.loads(shape.read_text(encoding="utf-8")))
+            object.__setattr__(pipe, "transformer", SimpleNamespace(config=config))
         return TextEncoders(pipe, device, PROMPT_ENCODERS[name], accepts)
 
     def run(self, model: TextEncoders, rows: Sequence[Row]) -> list[dict[str, Any]]:

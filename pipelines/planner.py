@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ldm_ops.describe import ModelFacts
+from ldm_ops.describe import WITH_T5, ModelFacts
 from pipelines import manifest
 from pipelines.chunk import Chunk
 from pipelines.commit import commit
@@ -148,6 +148,10 @@ class _Planner:
             if policy not in (None, "off") and not facts.has_safety_checker:
                 raise JobError(
                     f"stages.{i}.safety_checker: {stage.model} has no safety checker; leave it out, or set off"
+                )
+            if stage.op == "embed" and stage.max_sequence_length is not None and facts.pipeline not in WITH_T5:
+                raise JobError(
+                    f"stages.{i}.max_sequence_length: {stage.model} is a {facts.pipeline}, without a T5; leave it out"
                 )
             if i and stage.op == "decode" and self.models[i - 1][0].revision != self.models[i][0].revision:
                 raise JobError(

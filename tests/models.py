@@ -12,7 +12,9 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     LDMSuperResolutionPipeline,
+    PixArtAlphaPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -24,6 +26,10 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -31,6 +37,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from ldm_ops.builtin.words import write_tokenizer
@@ -242,3 +251,41 @@ def safety_checker(flags: bool) -> StableDiffusionSafetyChecker:
         checker.concept_embeds_weights.fill_(-2.0 if flags else 2.0)
         checker.special_care_embeds_weights.fill_(2.0)
     return checker
+
+
+def t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """A T5 whose tokens are words, with the words of the captions here."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    words |= {word: i for i, word in enumerate(["a", "red", "blue", "circle", "ring", "on", "background"], len(words))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = T5Config(vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    return T5EncoderModel(config), PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def tiny_flux() -> FluxPipeline:
+    """The text side alone: CLIP's pooled state and T5's tokens."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    encoder, pieces = t5()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=CLIPTextModel(text_config(words)),
+        tokenizer=words,
+        text_encoder_2=encoder,
+        tokenizer_2=pieces,
+        transformer=None,
+    )
+
+
+def tiny_pixart() -> PixArtAlphaPipeline:
+    """The text side alone: T5's tokens under an attention mask."""
+    torch.manual_seed(0)
+    encoder, pieces = t5()
+    return PixArtAlphaPipeline(
+        tokenizer=pieces, text_encoder=encoder, vae=None, transformer=None, scheduler=DDIMScheduler()
+    )
