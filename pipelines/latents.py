@@ -30,7 +30,7 @@ from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, mapped, read_head
 from pipelines.manifest import read_manifest
-from pipelines.open_files import OpenFiles
+from pipelines.open_files import OpenFiles, open_parquet
 from pipelines.storage import Store
 from pipelines.text_embeddings import TextEmbeddings
 
@@ -183,7 +183,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self._state = torch.zeros(2 + MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # torch's own
         self._taken = 0
         # With a store of its own: a connection that was opened here would not survive the fork of a worker.
-        self._files = OpenFiles(Store(path, storage_options), _open_file)
+        self._files = OpenFiles(Store(path, storage_options), open_parquet)
 
     def _refuse_missing(self, embeddings: TextEmbeddings) -> None:
         table = read_manifest(self.store.url, ["status", "prompt"], self.store.storage_options)
@@ -399,7 +399,7 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
         raise JobError(f"{store.url} holds no latents; give the output of an encode job")
 
     def look(uri: str) -> tuple[str, LatentsHead, list[Group]]:
-        with _open_file(store, uri) as file:
+        with open_parquet(store, uri) as file:
             try:
                 head = read_head(file.schema_arrow.metadata)
             except NotLatents as error:
@@ -421,12 +421,6 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
         buckets.setdefault(head.shape, []).extend(groups)
     heads = {head.shape: head for _, head, _ in found}
     return [Bucket(heads[shape], tuple(groups)) for shape, groups in sorted(buckets.items())]
-
-
-def _open_file(store: Store, uri: str) -> pq.ParquetFile:
-    if store.local is not None:
-        return pq.ParquetFile(store.local / uri, memory_map=True)
-    return pq.ParquetFile(store.filesystem.open(store.uri(uri), "rb"), pre_buffer=True)
 
 
 def _taken(num_batches: int, lengths: list[int]) -> tuple[list[int], int]:

@@ -45,7 +45,8 @@ class OpenFiles:
 
 
 def open_parquet(store: Store, uri: str) -> pq.ParquetFile:
-    """One Parquet file of the store; of a local one the pages are mapped, not read."""
+    """One Parquet file of the store."""
     if store.local is not None:
-        return pq.ParquetFile(store.local / uri, memory_map=True)
+        # Not mapped: its pages would count as this process's memory for as long as it is open.
+        return pq.ParquetFile(store.local / uri)
     return pq.ParquetFile(store.filesystem.open(store.uri(uri), "rb"), pre_buffer=True)
