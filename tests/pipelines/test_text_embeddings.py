@@ -151,6 +151,16 @@ def test_captions_come_out_of_a_table_that_has_them_and_may_be_missing_in_a_row(
         check(make(tmp_path, [{"image": "a.png"}]))
 
 
+def test_the_captions_of_an_encode_jobs_output_can_be_its_source(make: Callable[..., Job], tmp_path: Path) -> None:
+    latents = latents_of(tmp_path / "latents", ["a", "b", "a", "b", "c"])
+    job = make(tmp_path / "text")
+    source = job.source.model_copy(update={"rows": None, "path": str(latents), "format": "manifest"})
+    planned = plan(job.model_copy(update={"source": source}))
+    assert planned.table is not None
+    assert sorted(planned.table["prompt"].to_pylist()) == ["", "a", "b", "c"]
+    assert planned.num_duplicates == 2
+
+
 def test_embed_stands_alone_and_needs_text_encoders(make: Callable[..., Job], tiny_model: Path, tmp_path: Path) -> None:
     import yaml
 
