@@ -3,18 +3,20 @@
     python benchmarks/latents.py [NUM_ROWS]
 
 Writes latents of SD 1.5's shape at 512 px in two buckets (moments in fp16, 64 KiB a row) through the project's own
-sink, then reads all of them: by pyarrow alone, by LatentDataset as stored (`raw`), and sampled from the moments; in one
-process, with two DataLoader workers, and unshuffled.
+sink, then reads all of them: by pyarrow alone, by LatentDataset as stored (`raw`) and sampled from the moments, in one
+process, with threads, with two DataLoader workers, and unshuffled. Then the memory over 100,000 smaller ones.
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,22 +34,22 @@ from pipelines.sink import ShardWriter
 from pipelines.storage import Store
 
 SHAPES = ((8, 64, 64), (8, 48, 80))
-ROWS_PER_SHARD = 512
+ROUNDS = 3
 HEAD = LatentsHead("made-up", "0" * 16, "moments", "", (0, 0, 0), 0.18215, 0.0, 8)
 
 
-def write(out: Path, num_rows: int) -> None:
+def write(out: Path, num_rows: int, shapes: tuple[tuple[int, ...], ...], per_shard: int) -> None:
     writer = ShardWriter(Store(str(out)), "0" * 16, Sink(path=str(out)), "run", "made-up", "0" * 16, HEAD)
     rng = np.random.default_rng(0)
-    noise = [rng.standard_normal(shape).astype(np.float16) for shape in SHAPES]
+    noise = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
     schema = pa.schema([*OWN_FIELDS, ("num_duplicates", pa.int32()), ("shard", pa.int32())])
-    for shard, first in enumerate(range(0, num_rows, ROWS_PER_SHARD)):
-        numbers = range(first, min(first + ROWS_PER_SHARD, num_rows))
+    for shard, first in enumerate(range(0, num_rows, per_shard)):
+        numbers = range(first, min(first + per_shard, num_rows))
         rows = [{"key": f"{i:032x}", "prompt": f"caption {i % 1000}", "shard": shard} for i in numbers]
         results: list[dict[str, Any]] = [
             {
                 "status": "ok",
-                "latents_data": pack(np.roll(noise[i % 2], i)),
+                "latents_data": pack(np.roll(noise[i % len(noise)], i)),
                 "flipped": False,
                 "original_height": 512,
                 "original_width": 512,
@@ -59,56 +61,94 @@ def write(out: Path, num_rows: int) -> None:
         writer(with_results(pa.Table.from_pylist(rows, schema=schema), results))
 
 
-def scan(out: Path) -> int:
+def scan(out: Path, copy: bool = True) -> int:
     size = 0
     for path in sorted((out / "data").rglob("*.parquet")):
         with pq.ParquetFile(path, memory_map=True) as file:
             for i in range(file.num_row_groups):
                 latents = file.read_row_group(i)["latents"]
                 for chunk in latents.chunks:
-                    # A copy, as any reader must make that hands a tensor to a training.
-                    size += np.frombuffer(chunk.buffers()[1], np.uint8).copy().nbytes
+                    view = np.frombuffer(chunk.buffers()[1], np.uint8)
+                    # As any reader must make one that hands a tensor of its own to a training.
+                    size += (view.copy() if copy else view).nbytes
     return size
 
 
-def read(out: Path, workers: int, **options: Any) -> int:
-    rows = 0
-    for batch in DataLoader(LatentDataset(str(out), batch_size=32, **options), batch_size=None, num_workers=workers):
-        rows += len(batch["key"])
-    return rows
+def reader(out: Path, workers: int, **options: Any) -> Callable[[], int]:
+    """One epoch of a dataset that is open already, as all but the first of a training are."""
+    dataset = LatentDataset(str(out), batch_size=32, **options)
+    loader: Any = dataset
+    if workers:
+        loader = DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=True)
+    return lambda: sum(len(batch["key"]) for batch in loader)
+
+
+def speed(out: Path) -> dict[str, Any]:
+    """Medians over ROUNDS, in which all ways take turns: MB/s, MB per second of this process's CPU time, and both as
+    shares of the bare scan's of the same round."""
+    size = scan(out)
+    ways: dict[str, Any] = {
+        "pyarrow scan": lambda: scan(out),
+        "pyarrow scan, no copy": lambda: scan(out, copy=False),
+        "stored": reader(out, 0, raw=True),
+        "stored, in order": reader(out, 0, raw=True, shuffle=False),
+        "stored, 1 thread ahead": reader(out, 0, raw=True, num_threads=1),
+        "stored, 2 workers": reader(out, 2, raw=True),
+        "sampled": reader(out, 0),
+        "sampled, 2 threads": reader(out, 0, num_threads=2),
+        "sampled, 2 workers": reader(out, 2),
+    }
+    for way in ways.values():
+        way()
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            way()
+            rates[name].append((size / (time.perf_counter() - start) / 1e6, size / (time.process_time() - cpu) / 1e6))
+    bare = rates["pyarrow scan"]
+    result: dict[str, Any] = {}
+    for name, found in rates.items():
+        result[name] = {
+            "mb_per_s": round(median(wall for wall, _ in found)),
+            "of_scan": round(median(wall / base for (wall, _), (base, _) in zip(found, bare, strict=True)), 2),
+        }
+        if "workers" not in name:
+            result[name] |= {
+                "mb_per_cpu_s": round(median(cpu for _, cpu in found)),
+                "cpu_of_scan": round(median(cpu / base for (_, cpu), (_, base) in zip(found, bare, strict=True)), 2),
+            }
+    return result
+
+
+def memory_mb() -> tuple[int, int]:
+    """Resident memory of this process, and what of it is not pages of files, which the kernel can take back."""
+    status = Path("/proc/self/status").read_text()
+    whole, anonymous = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) >> 10 for name in ("VmRSS", "RssAnon"))
+    return whole, anonymous
+
+
+def memory(out: Path) -> dict[str, Any]:
+    """(resident, anonymous) MB after each fifth of an epoch of many rows, and after a second one."""
+    dataset = LatentDataset(str(out), batch_size=64)
+    num_batches = len(dataset)
+    after = {"0": memory_mb()}
+    for epoch in range(2):
+        for number, _ in enumerate(dataset, 1):
+            if number % (num_batches // 5) == 0:
+                after[f"epoch {epoch}, {number * 64} rows"] = memory_mb()
+    return after
 
 
 def main() -> None:
     num_rows = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        out = Path(folder) / "latents"
-        write(out, num_rows)
-        size = scan(out)
-        stored = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        ways: dict[str, Any] = {
-            "pyarrow scan": lambda: scan(out),
-            "raw": lambda: read(out, 0, raw=True),
-            "raw, in order": lambda: read(out, 0, raw=True, shuffle=False),
-            "raw, 2 workers": lambda: read(out, 2, raw=True),
-            "sampled": lambda: read(out, 0),
-            "sampled, 2 workers": lambda: read(out, 2),
-        }
-        best = dict.fromkeys(ways, float("inf"))
-        memory: dict[str, int] = {}
-        for _ in range(3):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                best[name] = min(best[name], time.perf_counter() - start)
-                memory.setdefault(name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        result = {
-            "rows": num_rows,
-            "latents_mb": size / 1e6,
-            "all_files_mb": stored / 1e6,
-            "mb_per_s": {name: round(size / seconds / 1e6) for name, seconds in best.items()},
-            "peak_mb_of_this_process_after": memory,
-        }
+        large, many = Path(folder) / "large", Path(folder) / "many"
+        write(many, 100_000, ((8, 16, 16),), 2048)
+        result: dict[str, Any] = {"100000 rows of 4 KiB, (resident, anonymous) MB": memory(many)}
+        write(large, num_rows, SHAPES, 512)
+        result |= {"rows": num_rows, "speed": speed(large)}
         print(json.dumps(result, indent=1))
 
 

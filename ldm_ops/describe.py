@@ -17,6 +17,21 @@ PLAIN_UPSCALER = "LDMSuperResolutionPipeline"
 UPSCALERS = (PLAIN_UPSCALER, "StableDiffusionUpscalePipeline")
 DEFAULT_SCALE = 0.18215  # diffusers' own for an AutoencoderKL that states none, as the first ones do
 AUTOENCODES = frozenset({"encode", "decode"})
+PROMPT_ENCODERS: dict[str, tuple[str | None, ...]] = {
+    "StableDiffusionPipeline": ("prompt_embeds",),
+    "StableDiffusionInpaintPipeline": ("prompt_embeds",),
+    "StableDiffusionXLPipeline": ("prompt_embeds", None, "pooled_prompt_embeds"),
+    "StableDiffusionXLInpaintPipeline": ("prompt_embeds", None, "pooled_prompt_embeds"),
+    "StableDiffusion3Pipeline": ("prompt_embeds", None, "pooled_prompt_embeds"),
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+    "PixArtAlphaPipeline": ("prompt_embeds", "prompt_attention_mask"),
+    "PixArtSigmaPipeline": ("prompt_embeds", "prompt_attention_mask"),
+}
+"""Pipelines whose `encode_prompt` is known, and what it returns, in order; None is what belongs to guidance."""
+
+WITH_T5 = frozenset({"StableDiffusion3Pipeline", "FluxPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"})
+"""Those of them that take a `max_sequence_length`."""
+
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -131,8 +146,10 @@ def _describe(folder: Path) -> ModelFacts:
 def _ops(pipeline: str, vae: dict[str, Any]) -> frozenset[str]:
     if pipeline in UPSCALERS:
         return frozenset({"upscale"})
-    plain = {"txt2img", "img2img", "inpaint"}
-    return frozenset(plain | AUTOENCODES if vae.get("_class_name") == "AutoencoderKL" else plain)
+    ops = {"txt2img", "img2img", "inpaint"}
+    if vae.get("_class_name") == "AutoencoderKL":
+        ops |= AUTOENCODES
+    return frozenset(ops | {"embed"} if pipeline in PROMPT_ENCODERS else ops)
 
 
 def _autoencoder(folder: Path, config: dict[str, Any]) -> ModelFacts:

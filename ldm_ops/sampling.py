@@ -255,12 +255,15 @@ class Sampling(Op):
         return [bool(flag) for flag in flagged]
 
 
-def too_long(pipe: Any, prompt: str) -> bool:
-    """Whether every tokenizer of the pipeline has to cut the prompt; of several, one may let the rest through."""
+def too_long(pipe: Any, prompt: str, max_sequence_length: int | None = None) -> bool:
+    """Whether every tokenizer of the pipeline has to cut the prompt; of several, one may let the rest through.
+
+    `max_sequence_length` is what a T5 gets, where it is not the pipeline's own number.
+    """
     tokenizers = [t for t in (getattr(pipe, f"tokenizer{n}", None) for n in ("", "_2", "_3")) if t is not None]
     # What the pipeline gives a T5 at most, whatever its tokenizer says.
     asked = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
-    most = asked.default if asked is not None and isinstance(asked.default, int) else 512
+    most = max_sequence_length or (asked.default if asked is not None and isinstance(asked.default, int) else 512)
     return bool(tokenizers) and all(
         len(tokenizer(_spelled(pipe, prompt, tokenizer), truncation=False, verbose=False).input_ids)
         > min(tokenizer.model_max_length, most)

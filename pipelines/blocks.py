@@ -53,6 +53,8 @@ RESULT_FIELDS = [
     pa.field("control_pixels", pa.binary()),
     pa.field("kept", pa.list_(pa.struct([("stage", pa.int32()), ("pixels", pa.binary())]))),
     pa.field("latents_data", pa.binary()),
+    pa.field("embeds_data", pa.binary()),
+    pa.field("pooled_data", pa.binary()),
     pa.field("flipped", pa.bool_()),
     *(pa.field(name, pa.int32()) for name in GEOMETRY),
     pa.field("nsfw", pa.bool_()),

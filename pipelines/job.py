@@ -83,8 +83,10 @@ class Sink(Section):
     """Where results go."""
 
     path: Annotated[str, StringConstraints(min_length=1)] = Field(description="folder or fsspec URL")
-    layout: Literal["auto", "files", "latents"] = Field(
-        "auto", description="files, one per picture; latents, Parquet files by shape, where the last stage is encode"
+    layout: Literal["auto", "files", "latents", "embeddings"] = Field(
+        "auto",
+        description="files, one per picture; latents, Parquet files by shape, where the last stage is encode; "
+        "embeddings, Parquet files, of embed",
     )
     format: Literal["png", "jpeg", "webp"] = Field("png", description="png and webp are lossless here")
     quality: int = Field(95, ge=1, le=100, description="of JPEG")
@@ -117,6 +119,8 @@ class Job(Section):
     def _links(self) -> Job:
         for i, stage in enumerate(self.stages):
             before = self.stages[i - 1].op if i else None
+            if stage.op == "embed" and len(self.stages) > 1:
+                raise ValueError(f"stages.{i}: embed makes no image and takes none; give it a job of its own")
             if i and stage.op in ("txt2img", "inpaint"):
                 takes = "no image" if stage.op == "txt2img" else "a mask, which only a row can bring"
                 raise ValueError(f"stages.{i}: {stage.op} takes {takes}; it can only be the first stage")
@@ -159,9 +163,10 @@ class Job(Section):
         return self
 
     @property
-    def layout(self) -> Literal["files", "latents"]:
+    def layout(self) -> Literal["files", "latents", "embeddings"]:
         """What the output holds."""
-        return "latents" if self.stages[-1].op == "encode" else "files"
+        op = self.stages[-1].op
+        return "latents" if op == "encode" else "embeddings" if op == "embed" else "files"
 
     def resolved_yaml(self) -> str:
         """What `_ldm/job.yaml` keeps: every default filled in, no storage option."""

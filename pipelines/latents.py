@@ -10,15 +10,17 @@ for batch in DataLoader(dataset, batch_size=None, num_workers=2):
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
+import hashlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -26,9 +28,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
-from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_head
+from pipelines.latents_file import LatentsHead, NotLatents, as_array, mapped, read_head
 from pipelines.manifest import read_manifest
+from pipelines.open_files import OpenFiles, open_parquet
 from pipelines.storage import Store
+from pipelines.text_embeddings import TextEmbeddings
 
 WINDOW_GROUPS = 8
 """Row groups whose rows are shuffled among each other, and read at a time; fewer where they are large."""
@@ -36,9 +40,9 @@ WINDOW_GROUPS = 8
 WINDOW_BYTES = 512 << 20
 MAX_WORKERS = 256
 
-OPEN_FILES = 32
 READERS = 16
-COLUMNS = ("key", "prompt", *GEOMETRY, "flipped")
+NUMBERS = (*GEOMETRY, "flipped")
+COLUMNS = ["key", "prompt", *NUMBERS]
 
 Integers = NDArray[np.int64]
 
@@ -53,6 +57,27 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Row groups in memory: each row's latents, views on what was read, and what stands beside them.
+
+    `numbers` is (rows, 5): NUMBERS.
+    """
+
+    latents: list[NDArray[Any]]
+    keys: list[str]
+    prompts: list[str]
+    numbers: Integers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one window that stand in one batch."""
+
+    window: Window
+    rows: Integers
+
+
+@dataclass(frozen=True)
 class Bucket:
     """All row groups of latents of one shape."""
 
@@ -64,12 +89,38 @@ class Bucket:
         return sum(group.num_rows for group in self.groups)
 
 
+class Batch(dict[str, Any]):
+    """A dict that a DataLoader's worker sends at less cost: small tensors travel inside the message.
+
+    Each tensor that torch sends costs a file of shared memory and a conversation about it, however few its bytes.
+    """
+
+    def __copy__(self) -> Batch:
+        return Batch(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        small = {
+            name: value.numpy()
+            for name, value in self.items()
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.bool)
+        }
+        return _received, ({name: value for name, value in self.items() if name not in small}, small)
+
+
+def _received(large: dict[str, Any], small: dict[str, NDArray[Any]]) -> Batch:
+    return Batch(large | {name: torch.from_numpy(value) for name, value in small.items()})
+
+
 class LatentDataset(IterableDataset[dict[str, Any]]):
     """Batches of the latents that an `encode` job left under `path`, a folder or an fsspec URL.
 
     A batch holds `latents`; `key` and `prompt`, lists; `original_size`, `crop_top_left` and `target_size`, int64
     (B, 2), height before width, in pixels; `flipped`, bool (B,). All latents of a batch have one shape. Of moments they
     are a sample, (mean + exp(logvar / 2) · noise - shift) · scale, in float32; with `raw` they are what is stored.
+
+    With `text_embeddings` it also holds what the pipeline's `encode_prompt` gave, as stored: `prompt_embeds` (B, T, D),
+    T the longest of the batch; `prompt_attention_mask`, bool (B, T), false where a caption was filled up with zeros;
+    and `pooled_prompt_embeds` (B, P) where the model has one.
 
     The order is a matter of seed, epoch, rank and the number of workers alone. Every rank gets equally many batches;
     the few rows that fill none on every rank are left out, others in each epoch.
@@ -82,10 +133,14 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         rank: of this process, as in torch.distributed.
         world_size: number of such processes.
         raw: give the stored moments, not a sample of them.
+        text_embeddings: output of an `embed` job with the captions of all rows, and the empty one.
+        caption_dropout: share of rows that go without their caption, drawn anew in each epoch; their `prompt` is "".
+        num_threads: threads that make batches ahead, in the same order. They hand over nothing between processes and so
+            beat a DataLoader's workers; leave those out then, or give each of them its threads.
         storage_options: for fsspec.
 
     Raises:
-        JobError: no latents there, or those of several encoders.
+        JobError: no latents or no text embeddings there, those of several encoders, or a caption without its own.
     """
 
     def __init__(
@@ -98,12 +153,19 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         rank: int = 0,
         world_size: int = 1,
         raw: bool = False,
+        text_embeddings: str | None = None,
+        caption_dropout: float = 0.0,
+        num_threads: int = 0,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
             raise JobError(f"batch_size {batch_size}; 1 or more")
         if not 0 <= rank < world_size:
             raise JobError(f"rank {rank} of world_size {world_size}; 0 to {world_size - 1}")
+        if not 0 <= caption_dropout <= 1:
+            raise JobError(f"caption_dropout {caption_dropout}; 0 to 1")
+        if num_threads < 0:
+            raise JobError(f"num_threads {num_threads}; 0 or more")
         self.store = Store(path, storage_options)
         self.batch_size = batch_size
         self.seed = seed
@@ -111,17 +173,28 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self.rank = rank
         self.world_size = world_size
         self.raw = raw
+        self.num_threads = num_threads
+        self.caption_dropout = caption_dropout
         self.buckets = find_buckets(self.store, storage_options)
+        self.embeddings = None if text_embeddings is None else TextEmbeddings(text_embeddings, storage_options)
+        if self.embeddings is not None:
+            self._refuse_missing(self.embeddings)
         # Shared with DataLoader's workers: the epoch and batch to begin with, then each worker's finished epochs.
         self._state = torch.zeros(2 + MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # torch's own
         self._taken = 0
-        self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
-        self._process = os.getpid()
-        # A connection that was opened here would not survive the fork of a worker.
-        self.store = Store(path, storage_options)
+        # With a store of its own: a connection that was opened here would not survive the fork of a worker.
+        self._files = OpenFiles(Store(path, storage_options), open_parquet)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+    def _refuse_missing(self, embeddings: TextEmbeddings) -> None:
+        table = read_manifest(self.store.url, ["status", "prompt"], self.store.storage_options)
+        captions = pc.unique(table.filter(pc.equal(table["status"], "ok"))["prompt"]).to_pylist()
+        missing = embeddings.missing([*captions, ""] if self.caption_dropout else captions)
+        if missing:
+            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise JobError(
+                f"{embeddings.store.url} has no embedding of {min(missing)[:80]!r}{more}; run its embed job on the "
+                "same captions"
+            )
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
@@ -169,12 +242,27 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._stream(i, self.buckets[i], epoch, begin + int(skipped[i]), end) for i, (begin, end) in enumerate(mine)
         ]
         # Noise of a batch is a matter of its place, so that it is the same after a resume.
-        for number, which in enumerate(turns[skip:].tolist(), skip):
+        asked = (
+            (self.buckets[which].head, next(streams[which]), epoch, [self.seed, epoch, self.rank, index, number, 1])
+            for number, which in enumerate(turns[skip:].tolist(), skip)
+        )
+        for batch in self._made(asked):
             if worker is None:
                 self._taken += 1
-            noise_seed = [self.seed, epoch, self.rank, index, number, 1]
-            yield self._batch(self.buckets[which].head, next(streams[which]), noise_seed)
+            yield batch
         self._state[2 + place] = finished + 1
+
+    def _made(self, asked: Iterator[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+        """Batches in the order that they are asked for, some of them ahead where there are threads for it."""
+        if not self.num_threads:
+            for arguments in asked:
+                yield self._batch(*arguments)
+            return
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            ahead = deque(pool.submit(self._batch, *arguments) for arguments in islice(asked, 2 * self.num_threads))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(self._batch, *arguments) for arguments in islice(asked, 1))
 
     def _batches(self, bucket: Bucket) -> int:
         return bucket.num_rows // self.batch_size // self.world_size
@@ -185,30 +273,33 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         first = own * self.rank
         return first + own * worker // num_workers, first + own * (worker + 1) // num_workers
 
-    def _stream(self, number: int, bucket: Bucket, epoch: int, begin: int, end: int) -> Iterator[pa.Table]:
-        """The tables of batches `begin` to `end` of a bucket's order, window by window."""
+    def _stream(self, number: int, bucket: Bucket, epoch: int, begin: int, end: int) -> Iterator[list[Piece]]:
+        """Batches `begin` to `end` of a bucket's order, window by window; one may begin in one and end in the next."""
         rng = np.random.default_rng([self.seed, epoch, number, 2])
         order = rng.permutation(len(bucket.groups)) if self.shuffle else np.arange(len(bucket.groups))
         first, last = begin * self.batch_size, end * self.batch_size
         place = 0
-        rest: pa.Table | None = None
+        rest: list[Piece] = []
         step = self._window(bucket)
         for window in range(0, len(order), step):
             groups = [bucket.groups[i] for i in order[window : window + step]]
             size = sum(group.num_rows for group in groups)
             low, high = max(first - place, 0), min(last - place, size)
-            if low < high:
-                # Its own generator, so that those before it need not be drawn.
-                among = np.random.default_rng([self.seed, epoch, number, window, 3])
-                rows = (among.permutation(size) if self.shuffle else np.arange(size))[low:high]
-                table = self._read(groups, rows)
-                if rest is not None:
-                    table = pa.concat_tables([rest, table])
-                whole = table.num_rows // self.batch_size * self.batch_size
-                for start in range(0, whole, self.batch_size):
-                    yield table.slice(start, self.batch_size)
-                rest = table.slice(whole) if whole < table.num_rows else None
             place += size
+            if low >= high:
+                continue
+            # Its own generator, so that those before it need not be drawn.
+            among = np.random.default_rng([self.seed, epoch, number, window, 3])
+            rows = (among.permutation(size) if self.shuffle else np.arange(size))[low:high]
+            held, rows = self._read(bucket.head, groups, rows)
+            lacking = self.batch_size - sum(len(piece.rows) for piece in rest)
+            for start in range(lacking - self.batch_size, len(rows), self.batch_size):
+                rest.append(Piece(held, rows[max(start, 0) : start + self.batch_size]))
+                if start + self.batch_size <= len(rows):
+                    yield rest
+                    rest = []
+            # The next one is read once this one is let go.
+            del held
 
     def _window(self, bucket: Bucket) -> int:
         """Row groups to hold at a time, such that all buckets together stay within WINDOW_BYTES."""
@@ -216,53 +307,83 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         group_bytes = row_bytes * max(group.num_rows for group in bucket.groups)
         return int(min(WINDOW_GROUPS, max(1, WINDOW_BYTES // len(self.buckets) // group_bytes)))
 
-    def _read(self, groups: list[Group], rows: Integers) -> pa.Table:
-        """Rows of consecutive `groups`, by their number among all of these, in that order."""
+    def _read(self, head: LatentsHead, groups: list[Group], rows: Integers) -> tuple[Window, Integers]:
+        """What consecutive `groups` hold of `rows`, numbers among all of these; and the rows' numbers in that."""
         bounds = np.cumsum([0, *(group.num_rows for group in groups)])
         needed = [i for i in range(len(groups)) if ((rows >= bounds[i]) & (rows < bounds[i + 1])).any()]
-        tables = [self._file(groups[i].uri).read_row_group(groups[i].index, [*COLUMNS, "latents"]) for i in needed]
-        starts = np.cumsum([0, *(table.num_rows for table in tables)])
+        read = [self._group(head, groups[i]) for i in needed]
+        starts = np.cumsum([0, *(table.num_rows for table, _ in read)])
         moved = rows.copy()
         for k, i in enumerate(needed):
             inside = (rows >= bounds[i]) & (rows < bounds[i + 1])
             moved[inside] = rows[inside] - bounds[i] + starts[k]
-        table = pa.concat_tables(tables).combine_chunks()
-        return table.take(pa.array(moved)) if self.shuffle else table.slice(int(moved[0]), len(moved))
+        latents = [array for _, arrays in read for array in arrays]
+        beside = pa.concat_tables([table for table, _ in read])
+        numbers = np.stack([beside[name].cast(pa.int64()).to_numpy() for name in NUMBERS], 1)
+        return Window(latents, beside["key"].to_pylist(), beside["prompt"].to_pylist(), numbers), moved
 
-    def _file(self, uri: str) -> pq.ParquetFile:
-        if self._process != os.getpid():
-            self._process = os.getpid()
-            self._open = OrderedDict()
-            self.store = Store(self.store.url, self.store.storage_options)
-        if uri in self._open:
-            self._open.move_to_end(uri)
-        else:
-            self._open[uri] = _open_file(self.store, uri)
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-        return self._open[uri]
+    def _group(self, head: LatentsHead, group: Group) -> tuple[pa.Table, NDArray[Any]]:
+        """COLUMNS of a row group, and its latents, which a file on this machine need not copy."""
+        file = self._files[group.uri]
+        if self.store.local is not None and isinstance(file, pq.ParquetFile):
+            latents = mapped(self.store.local / group.uri, file, group.index, head)
+            if latents is not None:
+                return file.read_row_group(group.index, COLUMNS), latents
+        table = file.read_row_group(group.index, [*COLUMNS, "latents"])
+        return table.select(COLUMNS), as_array(table["latents"], head)
 
-    def _batch(self, head: LatentsHead, table: pa.Table, noise_seed: list[int]) -> dict[str, Any]:
-        # Arrow's memory is read-only; a batch is the trainer's own.
-        latents = torch.from_numpy(as_array(table["latents"], head).copy())
+    def _batch(self, head: LatentsHead, pieces: list[Piece], epoch: int, noise_seed: list[int]) -> dict[str, Any]:
+        chosen = [(piece.window, row) for piece in pieces for row in piece.rows.tolist()]
+        keys = [window.keys[row] for window, row in chosen]
+        numbers = np.concatenate([piece.window.numbers[piece.rows] for piece in pieces])
+        stored = np.empty((len(chosen), *head.shape), head.dtype)
+        for place, (window, row) in zip(stored, chosen, strict=True):
+            # The only copy between Arrow's memory, which is read-only, and the trainer's own.
+            place[...] = window.latents[row]
+        latents = torch.from_numpy(stored)
         if head.posterior == "moments" and not self.raw:
             seed = int(np.random.SeedSequence(noise_seed).generate_state(1, np.uint64)[0] >> 1)
-            mean, logvar = latents.float().chunk(2, 1)
+            mean, logvar = latents.chunk(2, 1)
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-            latents = logvar.mul_(0.5).exp_().mul_(noise).add_(mean).sub_(head.shift).mul_(head.scale)
-        columns = {name: table[name].to_numpy() for name in GEOMETRY}
-        original = np.stack([columns["original_height"], columns["original_width"]], 1)
-        corner = np.stack([columns["crop_top"], columns["crop_left"]], 1)
-        target = torch.tensor([[side * head.factor for side in head.shape[1:]]] * len(original))
-        return {
-            "latents": latents,
-            "key": table["key"].to_pylist(),
-            "prompt": table["prompt"].to_pylist(),
-            "original_size": torch.from_numpy(original.astype(np.int64)),
-            "crop_top_left": torch.from_numpy(corner.astype(np.int64)),
-            "target_size": target,
-            "flipped": torch.from_numpy(table["flipped"].to_numpy().astype(bool)),
-        }
+            latents = logvar.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            latents.mul_(0.5).exp_().mul_(noise).add_(mean).sub_(head.shift).mul_(head.scale)
+        prompts = [
+            "" if dropped else prompt
+            for prompt, dropped in zip(
+                (window.prompts[row] for window, row in chosen), self._dropped(epoch, keys), strict=True
+            )
+        ]
+        size = np.array(head.shape[1:], np.int64) * head.factor
+        batch = Batch(
+            latents=latents,
+            key=keys,
+            prompt=prompts,
+            original_size=torch.from_numpy(numbers[:, :2].copy()),
+            crop_top_left=torch.from_numpy(numbers[:, 2:4].copy()),
+            target_size=torch.from_numpy(np.tile(size, (len(chosen), 1))),
+            flipped=torch.from_numpy(numbers[:, 4].astype(bool)),
+        )
+        if self.embeddings is not None:
+            batch.update(_embedded(self.embeddings, prompts))
+        return batch
+
+    def _dropped(self, epoch: int, keys: list[str]) -> list[bool]:
+        """Whether each row goes without its caption in this epoch; a matter of seed, epoch and row alone."""
+        if not self.caption_dropout:
+            return [False] * len(keys)
+        digests = (hashlib.sha256(f"{self.seed} {epoch} {key}".encode()).digest() for key in keys)
+        return [int.from_bytes(digest[:8], "big") < self.caption_dropout * 2**64 for digest in digests]
+
+
+def _embedded(embeddings: TextEmbeddings, captions: list[str]) -> dict[str, torch.Tensor]:
+    values, mask, pooled = embeddings.padded(captions)
+    found = {"prompt_embeds": values, "prompt_attention_mask": mask, "pooled_prompt_embeds": pooled}
+    tensors = {name: torch.from_numpy(array) for name, array in found.items() if array is not None}
+    if embeddings.head.dtype == "bf16":
+        # numpy knows no bf16 and holds its bits.
+        bits = [name for name in tensors if name != "prompt_attention_mask"]
+        tensors |= {name: tensors[name].view(torch.bfloat16) for name in bits}
+    return tensors
 
 
 def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[Bucket]:
@@ -278,7 +399,7 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
         raise JobError(f"{store.url} holds no latents; give the output of an encode job")
 
     def look(uri: str) -> tuple[str, LatentsHead, list[Group]]:
-        with _open_file(store, uri) as file:
+        with open_parquet(store, uri) as file:
             try:
                 head = read_head(file.schema_arrow.metadata)
             except NotLatents as error:
@@ -300,12 +421,6 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
         buckets.setdefault(head.shape, []).extend(groups)
     heads = {head.shape: head for _, head, _ in found}
     return [Bucket(heads[shape], tuple(groups)) for shape, groups in sorted(buckets.items())]
-
-
-def _open_file(store: Store, uri: str) -> pq.ParquetFile:
-    if store.local is not None:
-        return pq.ParquetFile(store.local / uri, memory_map=True)
-    return pq.ParquetFile(store.filesystem.open(store.uri(uri), "rb"), pre_buffer=True)
 
 
 def _taken(num_batches: int, lengths: list[int]) -> tuple[list[int], int]:

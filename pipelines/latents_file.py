@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from numpy.typing import NDArray
 from pipelines.blocks import GEOMETRY
 
 KEY = b"ldm_batch_latents"
+WHOLE_PAGES = b"ldm_batch_whole_pages"
+"""Says that the latents of a row group are one page, so that its bytes are theirs, one after the other."""
 ROWS_PER_GROUP = 256
 
 ROW_FIELDS = [
@@ -65,10 +69,20 @@ def write_latents(head: LatentsHead, rows: Sequence[Mapping[str, Any]], latents:
     width = int(np.prod(head.shape)) * np.dtype(head.dtype).itemsize
     arrays.append(pa.array([array.astype(f"<{array.dtype.str[1:]}").tobytes() for array in latents], pa.binary(width)))
     schema = pa.schema([*ROW_FIELDS, pa.field("latents", pa.binary(width), nullable=False)])
-    table = pa.Table.from_arrays(arrays, schema=schema.with_metadata({KEY: json.dumps(asdict(head)).encode()}))
+    about = {KEY: json.dumps(asdict(head)).encode(), WHOLE_PAGES: b"1"}
+    table = pa.Table.from_arrays(arrays, schema=schema.with_metadata(about))
     buffer = io.BytesIO()
-    # Noise-like numbers: compression and dictionaries would only cost.
-    pq.write_table(table, buffer, compression="none", use_dictionary=["prompt"], row_group_size=ROWS_PER_GROUP)
+    pq.write_table(
+        table,
+        buffer,
+        # Noise-like numbers: compression and dictionaries would only cost.
+        compression="none",
+        use_dictionary=["prompt"],
+        row_group_size=ROWS_PER_GROUP,
+        # A page ends where a batch does, at the earliest.
+        write_batch_size=ROWS_PER_GROUP,
+        data_page_size=(1 << 31) - 1,
+    )
     return buffer.getvalue()
 
 
@@ -87,12 +101,39 @@ def read_head(metadata: Mapping[bytes, bytes] | None) -> LatentsHead:
 
 def as_array(column: pa.ChunkedArray | pa.Array, head: LatentsHead) -> NDArray[Any]:
     """The `latents` column as (rows, C, h, w), a view on Arrow's own memory where it is one chunk."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = column
     if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
+        array = array.chunk(0) if array.num_chunks == 1 else pa.concat_arrays(array.chunks)
     width = array.type.byte_width
     data = np.frombuffer(array.buffers()[1], np.uint8)[array.offset * width : (array.offset + len(array)) * width]
     return data.view(np.dtype(head.dtype)).reshape(len(array), *head.shape)
+
+
+def mapped(path: Path, file: pq.ParquetFile, group: int, head: LatentsHead) -> NDArray[Any] | None:
+    """The latents of a row group of a file on this machine, (rows, C, h, w), without a copy: its pages are mapped.
+
+    None where the file does not say that it is laid out so.
+    """
+    if WHOLE_PAGES not in (file.schema_arrow.metadata or {}):
+        return None
+    rows = file.metadata.row_group(group)
+    chunk = rows.column(file.schema_arrow.get_field_index("latents"))
+    size = rows.num_rows * int(np.prod(head.shape)) * np.dtype(head.dtype).itemsize
+    # What stands before the numbers is the page's header.
+    begin = chunk.data_page_offset + chunk.total_compressed_size - size
+    start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as opened:
+        pages = mmap.mmap(
+            opened.fileno(),
+            begin - start + size,
+            # Read at once and in order, not row by row as rows are asked for.
+            flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0),
+            prot=mmap.PROT_READ,
+            offset=start,
+        )
+    return np.frombuffer(pages, head.dtype, offset=begin - start, count=size // np.dtype(head.dtype).itemsize).reshape(
+        rows.num_rows, *head.shape
+    )
 
 
 def read_latents(data: bytes) -> tuple[LatentsHead, pa.Table]:

@@ -68,6 +68,7 @@ SCHEMA = pa.schema(
         pa.field("flipped", pa.bool_()),
         pa.field("latents_row", pa.int32()),
         pa.field("latents_shape", pa.list_(pa.int32())),
+        pa.field("embeddings_row", pa.int32()),
         pa.field("nsfw", pa.bool_()),
         pa.field("prompt_truncated", pa.bool_()),
         pa.field("intermediates", pa.list_(INTERMEDIATE)),
@@ -82,11 +83,11 @@ SCHEMA = pa.schema(
 )
 """One row per planned row; the table's other columns follow, `input.` in front where a name is taken.
 
-`status` is ok, failed or filtered. `uri` is relative to the output; of latents it is the file that holds them, at row
-`latents_row`, and `sha256` and `num_bytes` are of these latents alone. Sizes in px, `duration_s` is the row's share of
-its device batch, over all stages. `image` is what the row brought along. `intermediates` lists what
-`save_intermediates` kept; `stages` what each stage did and under which parameters, the fields above being those of the
-first.
+`status` is ok, failed or filtered. `uri` is relative to the output; of latents and text embeddings it is the file that
+holds them, at row `latents_row` or `embeddings_row`, and `sha256` and `num_bytes` are of theirs alone. Sizes in px,
+`duration_s` is the row's share of its device batch, over all stages. `image` is what the row brought along.
+`intermediates` lists what `save_intermediates` kept; `stages` what each stage did and under which parameters, the
+fields above being those of the first.
 """
 
 FOLDER = "manifest"

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ldm_ops.describe import ModelFacts
+from ldm_ops.describe import WITH_T5, ModelFacts
 from pipelines import manifest
 from pipelines.adapters import StageAdapters, adapter_settings, identify_adapters
 from pipelines.chunk import Chunk
@@ -41,6 +41,9 @@ MAX_PROBLEMS = 5
 AUTO_SHARDS = 16
 AUTO_MAX_BATCHES = 8
 AUTO_MAX_PIXEL_BYTES = 192 << 20
+
+NOWHERE = Chunk("", 0, 0, {})
+"""Where rows come from that no table asks for."""
 
 BUCKET = (
     "height",
@@ -158,6 +161,10 @@ class _Planner:
                 raise JobError(
                     f"stages.{i}.safety_checker: {stage.model} has no safety checker; leave it out, or set off"
                 )
+            if stage.op == "embed" and stage.max_sequence_length is not None and facts.pipeline not in WITH_T5:
+                raise JobError(
+                    f"stages.{i}.max_sequence_length: {stage.model} is a {facts.pipeline}, without a T5; leave it out"
+                )
             if i and stage.op == "decode" and self.models[i - 1][0].revision != self.models[i][0].revision:
                 raise JobError(
                     f"stages.{i}.model: {stage.model} is not the model that stages.{i - 1} encodes with; give the same"
@@ -223,6 +230,15 @@ class _Planner:
             )
         if num_wrong == num_pictures:
             raise JobError("\n".join(problems) + "\nno row can be made")
+        # After the table: what it asks for itself is no addition.
+        for row in self.resolver.beside():
+            if row.key not in counts:
+                counts[row.key] = 1
+                num_pictures += 1
+                if row.key in known:
+                    num_known += 1
+                else:
+                    tables.append(row_table(NOWHERE, [row], []))
         del ids, known, held_ids
         table = manifest.concat(tables) if tables else pa.schema(OWN_FIELDS).empty_table()
         new: Plan | None = None
@@ -338,7 +354,7 @@ class _Planner:
                 "batches": int(per_bucket[i]),
             }
             for i in range(len(starts))
-            if first["seed"][i].is_valid
+            if not first["problem"][i].is_valid
         ]
         return plan, table, buckets
 

@@ -78,6 +78,7 @@ class Resolver:
         stage, source = job.stage, job.source
         facts = models[0][1]
         self.job = job
+        self.by_caption = stage.op == "embed"
         self.takes = row_parameters(stage)
         self.references = References(source.storage_options)
         self.adapters = adapters[0]
@@ -108,7 +109,7 @@ class Resolver:
         }
         if self.defaults["controlnet_conditioning_scale"] is None:
             self.defaults["controlnet_conditioning_scale"] = 1.0
-        if self.defaults["prompt"] is None and stage.op in ("upscale", "encode", "decode"):
+        if self.defaults["prompt"] is None and stage.op in ("upscale", "encode", "decode", "embed"):
             self.defaults["prompt"] = ""
         for name in ("height", "width", "scheduler"):
             if getattr(stage, name, None) is not None:
@@ -193,9 +194,11 @@ class Resolver:
                     raise JobError(f"{chunk.uri}: source.pass_through: no column {name!r}; the table has {there}")
         if first:
             for name in ("prompt", "image", "mask_image", "latents", "control_image"):
-                needed = name in self.takes and name not in self.templates and self.defaults.get(name) is None
+                # A caption may be empty, but captions that are nowhere are a mistake.
+                optional = self.defaults.get(name) is not None and not self.by_caption
+                needed = name in self.takes and name not in self.templates and not optional
                 if needed and self.column(name) not in chunk.columns:
-                    other = ", or give stages.0.prompt" if name == "prompt" else ""
+                    other = ", or give stages.0.prompt" if name == "prompt" and not self.by_caption else ""
                     raise JobError(
                         f"{chunk.uri}: no column {name!r}; the table has {there}; name it with source.columns: "
                         f"{{{name}: …}}{other}"
@@ -214,7 +217,12 @@ class Resolver:
                 raise JobError(f"{chunk.uri}: {name} is a column and an axis of source.matrix; keep one")
 
     def passing(self, chunk: Chunk) -> list[tuple[str, list[Any]]]:
-        """The columns that go into the manifest as they are: what no parameter uses, or the job's choice of that."""
+        """The columns that go into the manifest as they are: what no parameter uses, or the job's choice of that.
+
+        None where a row stands for all that have its caption.
+        """
+        if self.by_caption:
+            return []
         used = {self.column(name) for name in ("id", *self.takes)}
         wanted = self.job.source.pass_through
         return [
@@ -227,6 +235,8 @@ class Resolver:
         """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
         self.check_columns(chunk)
         raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *self.takes)}
+        if self.by_caption:
+            raw["id"] = None
         for name in ("image", "mask_image", "control_image"):
             if raw.get(name) is not None and not self._is_listed(chunk, name):
                 self.references.prepare(chunk.base, raw[name] or ())
@@ -246,6 +256,12 @@ class Resolver:
                 yield self._wrong(chunk, raw, i, str(error))
                 continue
             yield from self._expand(row_id, values, versions, i, cells)
+
+    def beside(self) -> list[PlannedRow]:
+        """Rows of a job whatever its table holds: of embed the null caption, which guidance is trained on."""
+        if not self.by_caption:
+            return []
+        return list(self._expand(None, ["" if name == "prompt" else None for name in ROW_PARAMETERS], [], 0, ""))
 
     def _place(self, chunk: Chunk, values: list[Any], i: int) -> list[str]:
         """Put where an image lies in place of what the table says; return its version, which the key holds instead."""
@@ -347,7 +363,9 @@ class Resolver:
                 contents = self.adapters.effective(lora, lora_revision, scale)
                 seed = made[_AT["seed"]]
                 # The sweep's axes stay out of a derived seed: pictures of one row compare under the same noise.
-                if seed is None:
+                if self.by_caption:
+                    pass  # Nothing here is drawn.
+                elif seed is None:
                     identity = row_id or "\0".join([made[_AT["prompt"]], *versions])
                     made[_AT["seed"]] = derived_seed(self.job.seed, identity, image)
                 elif image:

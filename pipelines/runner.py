@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from ldm_ops.describe import ModelFacts
+from ldm_ops.describe import PROMPT_ENCODERS, ModelFacts
 from pipelines import heartbeat, manifest
 from pipelines.adapters import ADAPTERS, AND, StageAdapters, adapter_settings, identify_adapters
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
+from pipelines.embeddings_file import EmbeddingsHead
 from pipelines.errors import (
     EXIT_DEAD_LETTERS,
     EXIT_OK,
@@ -34,7 +35,7 @@ from pipelines.loading import LoadShard, image_loader
 from pipelines.planner import Planned, plan
 from pipelines.plans import Plan, Shard, read_plans, read_shard, same_settings
 from pipelines.sink import ShardWriter
-from pipelines.stages import AnyStage, EncodeStage
+from pipelines.stages import AnyStage, EmbedStage, EncodeStage
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
 from pipelines.totals import Totals, count, unfinished, write_success
@@ -255,8 +256,17 @@ def refuse_local_images(store: Store, shard: Shard) -> None:
             )
 
 
-def encoder_of(stage: AnyStage, weights: Weights, facts: ModelFacts) -> LatentsHead | None:
-    """What latents say of the encoder that made them; their shape and dtype are theirs. None of another stage."""
+def encoder_of(stage: AnyStage, weights: Weights, facts: ModelFacts) -> LatentsHead | EmbeddingsHead | None:
+    """What latents or text embeddings say of the encoder that made them, but for shapes; None of another stage."""
+    if isinstance(stage, EmbedStage):
+        return EmbeddingsHead(
+            encoder=weights.name,
+            encoder_revision=weights.revision,
+            pipeline=facts.pipeline,
+            dtype=stage.store_dtype,
+            masked="prompt_attention_mask" in PROMPT_ENCODERS[facts.pipeline],
+            max_sequence_length=stage.max_sequence_length,
+        )
     if not isinstance(stage, EncodeStage):
         return None
     return LatentsHead(

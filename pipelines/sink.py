@@ -19,6 +19,7 @@ from safetensors.numpy import save as save_safetensors
 from pipelines import manifest
 from pipelines.blocks import RESULT_FIELDS, unpack
 from pipelines.commit import commit
+from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.generation_text import describe
 from pipelines.images import EXTENSIONS, Format, encode
 from pipelines.job import Sink
@@ -49,6 +50,8 @@ _INTERNAL = {
     "mask_pixels",
     "control_pixels",
     "latents_data",
+    "embeds_data",
+    "pooled_data",
     "kept",
     "intermediates",
     "stages",
@@ -66,7 +69,7 @@ class ShardWriter:
         run_id: str,
         model: str,
         revision: str,
-        encoder: LatentsHead | None = None,
+        encoder: LatentsHead | EmbeddingsHead | None = None,
     ) -> None:
         self.store = store
         self.plan_id = plan_id
@@ -84,6 +87,7 @@ class ShardWriter:
         puts: list[tuple[str, bytes]] = []
         records = [self._record(row, index, puts.append) for row in rows]
         self._latents(rows, records, index, puts.append)
+        self._embeddings(rows, records, index, puts.append)
         with ThreadPoolExecutor(PUTS_IN_FLIGHT) as pool:
             list(pool.map(lambda put: self.store.write(*put), puts))
         counts = {s: sum(r["status"] == s for r in records) for s in ("ok", "failed", "filtered")}
@@ -161,7 +165,7 @@ class ShardWriter:
         put: Callable[[tuple[str, bytes]], None],
     ) -> None:
         """Put the shard's latents, a file per shape, and tell each record where its own are."""
-        if self.encoder is None:
+        if not isinstance(self.encoder, LatentsHead):
             return
         shapes: dict[tuple[int, ...], list[tuple[dict[str, Any], NDArray[Any]]]] = {}
         for row, record in zip(rows, records, strict=True):
@@ -183,6 +187,36 @@ class ShardWriter:
                     "num_bytes": len(body),
                     "format": "latents",
                 }
+
+    def _embeddings(
+        self,
+        rows: list[dict[str, Any]],
+        records: list[dict[str, Any]],
+        index: int,
+        put: Callable[[tuple[str, bytes]], None],
+    ) -> None:
+        """Put the shard's text embeddings, one file, and tell each record where its own is."""
+        made = [(row, record) for row, record in zip(rows, records, strict=True) if row["embeds_data"] is not None]
+        if not isinstance(self.encoder, EmbeddingsHead) or not made:
+            return
+        arrays = [
+            (unpack(row["embeds_data"]), None if row["pooled_data"] is None else unpack(row["pooled_data"]))
+            for row, _ in made
+        ]
+        embeds, pooled = arrays[0]
+        head = replace(self.encoder, width=embeds.shape[1], pooled_width=0 if pooled is None else len(pooled))
+        data = write_embeddings(head, [record for _, record in made], arrays)
+        uri, _ = self._name("data", index, "embeddings", data, "parquet")
+        put((uri, data))
+        for i, ((_, record), both) in enumerate(zip(made, arrays, strict=True)):
+            body = b"".join(array.tobytes() for array in both if array is not None)
+            record |= {
+                "uri": uri,
+                "embeddings_row": i,
+                "sha256": hashlib.sha256(body).hexdigest(),
+                "num_bytes": len(body),
+                "format": "embeddings",
+            }
 
     def _encode(self, pixels: NDArray[np.uint8], record: dict[str, Any]) -> bytes:
         height, width = pixels.shape[:2]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from ldm_ops.decode import Decode
+from ldm_ops.embed import Embed
 from ldm_ops.encode import Encode
 from ldm_ops.img2img import Img2Img
 from ldm_ops.inpaint import Inpaint
@@ -237,7 +238,14 @@ class DecodeStage(Pool, Decode):
     op_class: ClassVar[type[Op]] = Decode
 
 
-AnyStage = Txt2ImgStage | Img2ImgStage | InpaintStage | UpscaleStage | EncodeStage | DecodeStage
+class EmbedStage(Pool, Embed):
+    """Caption → text embedding."""
+
+    op: Literal["embed"]
+    op_class: ClassVar[type[Op]] = Embed
+
+
+AnyStage = Txt2ImgStage | Img2ImgStage | InpaintStage | UpscaleStage | EncodeStage | DecodeStage | EmbedStage
 Stage = Annotated[AnyStage, Field(discriminator="op")]
 STAGES: dict[str, type[AnyStage]] = {
     "txt2img": Txt2ImgStage,
@@ -246,6 +254,7 @@ STAGES: dict[str, type[AnyStage]] = {
     "upscale": UpscaleStage,
     "encode": EncodeStage,
     "decode": DecodeStage,
+    "embed": EmbedStage,
 }
 SCALES = {"upscale": 4}
 """How much larger a stage's picture is than its image, per side."""

@@ -173,6 +173,15 @@ def success(output: dict[str, Any]) -> dict[str, Any]:
     if "latents" in output:
         data = pack(output["latents"])
         return {"status": "ok", "pixels": None, "latents_data": data, "flipped": output["flipped"]}
+    if "prompt_embeds" in output:
+        pooled = output["pooled_prompt_embeds"]
+        return {
+            "status": "ok",
+            "pixels": None,
+            "embeds_data": pack(output["prompt_embeds"]),
+            "pooled_data": None if pooled is None else pack(pooled),
+            "prompt_truncated": output["prompt_truncated"],
+        }
     image = output["image"]
     if image is None:
         return {"status": "filtered", "nsfw": output["nsfw"], "error_type": "safety.rejected"}

@@ -14,7 +14,9 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     LDMSuperResolutionPipeline,
+    PixArtAlphaPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -28,6 +30,10 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -35,6 +41,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from ldm_ops.builtin.words import write_tokenizer
@@ -287,3 +296,41 @@ def save_vae(folder: Path, seed: int = 9) -> Path:
     torch.manual_seed(seed)
     vae().save_pretrained(folder)
     return folder
+
+
+def t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """A T5 whose tokens are words, with the words of the captions here."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    words |= {word: i for i, word in enumerate(["a", "red", "blue", "circle", "ring", "on", "background"], len(words))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = T5Config(vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    return T5EncoderModel(config), PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def tiny_flux() -> FluxPipeline:
+    """The text side alone: CLIP's pooled state and T5's tokens."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    encoder, pieces = t5()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=CLIPTextModel(text_config(words)),
+        tokenizer=words,
+        text_encoder_2=encoder,
+        tokenizer_2=pieces,
+        transformer=None,
+    )
+
+
+def tiny_pixart() -> PixArtAlphaPipeline:
+    """The text side alone: T5's tokens under an attention mask."""
+    torch.manual_seed(0)
+    encoder, pieces = t5()
+    return PixArtAlphaPipeline(
+        tokenizer=pieces, text_encoder=encoder, vae=None, transformer=None, scheduler=DDIMScheduler()
+    )

@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader
 import pipelines
 from ldm_ops.decode import Decode
 from ldm_ops.encode import Encode
+from pipelines import latents_file
+from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
 from pipelines.latents import LatentDataset, _taken
+from pipelines.latents_file import LatentsHead, mapped, write_latents
 from pipelines.planner import check
 from pipelines.runner import run
 from tests import models
@@ -256,6 +259,24 @@ def test_latents_are_read_from_object_storage(encoded: Path, s3_options: dict[st
         for a, b in zip(*both, strict=True):
             assert a["key"] == b["key"]
             assert torch.equal(a["latents"], b["latents"])
+
+
+def test_pages_that_are_mapped_hold_what_pyarrow_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = LatentsHead("made-up", "0" * 16, "moments", "float16", (8, 32, 32), 0.18215, 0.0, 8)
+    rng = np.random.default_rng(0)
+    latents = [rng.standard_normal(head.shape).astype(np.float16) for _ in range(600)]
+    rows = [
+        {"key": f"{i}", "id": None, "prompt": "a", "flipped": False, **dict.fromkeys(GEOMETRY, 0)} for i in range(600)
+    ]
+    (tmp_path / "x.parquet").write_bytes(write_latents(head, rows, latents))
+    with pq.ParquetFile(tmp_path / "x.parquet") as file:
+        assert file.num_row_groups == 3
+        for i in range(file.num_row_groups):
+            found = mapped(tmp_path / "x.parquet", file, i, head)
+            assert found is not None
+            assert [row.tobytes() for row in found] == file.read_row_group(i, ["latents"])["latents"].to_pylist()
+        monkeypatch.setattr(latents_file, "WHOLE_PAGES", b"as an older version wrote it")
+        assert mapped(tmp_path / "x.parquet", file, 0, head) is None
 
 
 def test_latents_of_several_encoders_do_not_mix(
