@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
-from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_head
+from pipelines.latents_file import LatentsHead, NotLatents, as_array, open_safetensors, read_head
 from pipelines.manifest import read_manifest
 from pipelines.storage import Store
 
@@ -115,7 +115,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         # Shared with DataLoader's workers: the epoch and batch to begin with, then each worker's finished epochs.
         self._state = torch.zeros(2 + MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # torch's own
         self._taken = 0
-        self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._open: OrderedDict[str, Any] = OrderedDict()
         self._process = os.getpid()
         # A connection that was opened here would not survive the fork of a worker.
         self.store = Store(path, storage_options)
@@ -229,7 +229,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         table = pa.concat_tables(tables).combine_chunks()
         return table.take(pa.array(moved)) if self.shuffle else table.slice(int(moved[0]), len(moved))
 
-    def _file(self, uri: str) -> pq.ParquetFile:
+    def _file(self, uri: str) -> Any:
         if self._process != os.getpid():
             self._process = os.getpid()
             self._open = OrderedDict()
@@ -278,12 +278,12 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
         raise JobError(f"{store.url} holds no latents; give the output of an encode job")
 
     def look(uri: str) -> tuple[str, LatentsHead, list[Group]]:
-        with _open_file(store, uri) as file:
-            try:
+        try:
+            with _open_file(store, uri) as file:
                 head = read_head(file.schema_arrow.metadata)
-            except NotLatents as error:
-                raise JobError(f"{store.uri(uri)}: {error}") from None
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        except NotLatents as error:
+            raise JobError(f"{store.uri(uri)}: {error}") from None
         return uri, head, [Group(uri, i, size) for i, size in enumerate(sizes)]
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -302,7 +302,12 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
     return [Bucket(heads[shape], tuple(groups)) for shape, groups in sorted(buckets.items())]
 
 
-def _open_file(store: Store, uri: str) -> pq.ParquetFile:
+def _open_file(store: Store, uri: str) -> Any:
+    """A ParquetFile, or what has its methods for the other format."""
+    if uri.endswith(".safetensors"):
+        if store.local is not None:
+            return open_safetensors(pa.memory_map(str(store.local / uri)))
+        return open_safetensors(pa.PythonFile(store.filesystem.open(store.uri(uri), "rb"), "r"))
     if store.local is not None:
         return pq.ParquetFile(store.local / uri, memory_map=True)
     return pq.ParquetFile(store.filesystem.open(store.uri(uri), "rb"), pre_buffer=True)
