@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipelines.planner import Planned
     from pipelines.runner import Summary
     from pipelines.totals import Totals
+    from pipelines.verify import Report
 
 app = typer.Typer(
     name="ldm-batch",
@@ -188,13 +189,44 @@ def status(
 
         from pipelines.totals import status as status_of
 
-        options: dict[str, Any] = {}
-        if output.endswith((".yaml", ".yml")):
-            loaded = _load(Path(output), None)
-            output, options = loaded.sink.path, loaded.sink.storage_options
+        output, options, _ = _output(output)
         totals, runs = status_of(output, options)
         value = asdict(totals) | {"output": output, "num_runs": len(runs), "runs": runs}
         _emit(as_json, value, lambda: f"{output}: {_totals_text(totals)}\nruns: {len(runs)}")
+
+
+@app.command()
+def verify(
+    output: Annotated[str, typer.Argument(help="A job file, or the output folder or URL itself.", show_default=False)],
+    sample: Annotated[int | None, typer.Option(min=1, help="Read the files of N rows only.", metavar="N")] = None,
+    decode: Annotated[int, typer.Option(min=0, help="Of latents: decode N rows too.", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(help="Which rows those are.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Read an output back: is every part whole, every file there, and its content what the manifest says?"""
+    with one_line_errors(as_json):
+        from dataclasses import asdict
+
+        from pipelines.verify import verify as verify_output
+
+        output, options, source_options = _output(output)
+        report = verify_output(output, options, sample, decode, seed, source_options)
+        value = {"whole": not report.num_faults, **asdict(report), "exit_code": report.exit_code}
+        if not as_json:
+            for fault in report.faults:
+                typer.echo(fault, err=True)
+            if report.num_faults > len(report.faults):
+                typer.echo(f"… {report.num_faults} faults in all", err=True)
+        _emit(as_json, value, lambda: _report_text(report))
+        raise typer.Exit(report.exit_code)
+
+
+def _output(path: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The output that a command names, and the storage options of it and of the source, which only a job file has."""
+    if not path.endswith((".yaml", ".yml")):
+        return path, {}, {}
+    loaded = _load(Path(path), None)
+    return loaded.sink.path, loaded.sink.storage_options, loaded.source.storage_options
 
 
 def _load(path: Path, overrides: list[str] | None) -> Job:
@@ -284,6 +316,18 @@ def _totals_text(totals: Totals) -> str:
     if totals.failures:
         text += "\nfailures: " + ", ".join(f"{kind} × {n}" for kind, n in sorted(totals.failures.items()))
     return text
+
+
+def _report_text(report: Report) -> str:
+    verdict = "not whole" if report.num_faults else "whole"
+    read = f"read {report.num_files_read} files for {report.num_rows_read} rows, {report.num_bytes_read / 1e6:.1f} MB"
+    lines = [f"{report.output}: {verdict}", _totals_text(report.totals), read]
+    found = report.decoded
+    if found is not None:
+        lines.append(f"decoded {found.num_rows} rows, {found.num_compared} of them compared with their images")
+    if found is not None and found.num_compared:
+        lines.append(f"PSNR {found.psnr_db_mean:.1f} dB, the least {found.psnr_db_min:.1f} dB")
+    return "\n".join(lines)
 
 
 def _summary_text(path: Path, job: Job, summary: Summary) -> str:

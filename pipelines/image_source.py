@@ -109,6 +109,13 @@ def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True)
     rows = [row for row in table.to_pylist() if row["status"] == "ok"]
     if not rows:
         raise JobError(f"source.path {path}: no picture of an earlier run there; give the output folder of a job")
+    for row in rows:
+        if "#" in row["uri"] or row["format"] == "jxl":
+            reason = "lies in one file with others" if "#" in row["uri"] else "is JPEG XL"
+            raise JobError(
+                f"source.path {path}: {row['uri']} {reason}, which is no source; use an output with sink.layout files "
+                "and sink.format png, jpeg or webp"
+            )
     own = {"prompt", "negative_prompt"}
     ids = [row["id"] for row in rows]
     # An output that was extended, or a table without ids, has rows that no id tells apart.

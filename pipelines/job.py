@@ -79,23 +79,55 @@ class Source(Section):
         return self
 
 
+class Signing(Section):
+    """Who signs the pictures, as C2PA's content credentials; the files are read where pictures are written."""
+
+    certificate: str = Field(description="PEM file of the signer's certificate and those above it, the signer's first")
+    private_key: str = Field(description="PEM file of its private key; never recorded")
+    algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = Field(
+        "es256", description="of the key: es256 for an elliptic curve P-256"
+    )
+
+
+Layout = Literal["files", "webdataset", "parquet", "latents", "embeddings"]
+
+MADE_OF: dict[str, Layout] = {"encode": "latents", "embed": "embeddings"}
+"""The one layout of what is no picture."""
+
+
 class Sink(Section):
     """Where results go."""
 
     path: Annotated[str, StringConstraints(min_length=1)] = Field(description="folder or fsspec URL")
-    layout: Literal["auto", "files", "latents", "embeddings"] = Field(
+    layout: Literal["auto", Layout] = Field(
         "auto",
-        description="files, one per picture; latents, Parquet files by shape, where the last stage is encode; "
-        "embeddings, Parquet files, of embed",
+        description="files, one per picture; webdataset, a tar per shard; parquet, a file per shard with an image "
+        "column; latents, files by shape, where the last stage is encode; embeddings, Parquet files, of embed",
     )
-    format: Literal["png", "jpeg", "webp"] = Field("png", description="png and webp are lossless here")
-    quality: int = Field(95, ge=1, le=100, description="of JPEG")
+    format: Literal["png", "jpeg", "webp", "jxl"] = Field(
+        "png", description="png and jxl are lossless, webp too where no quality is given; jxl needs the extra jxl"
+    )
+    quality: int | None = Field(None, ge=1, le=100, description="of jpeg, else 95; of webp, which it makes lossy")
     embed_metadata: Literal["a1111", "none"] = Field(
         "a1111", description="write prompt, seed and parameters into each picture, and that a model made it"
     )
+    thumbnails: int | None = Field(
+        None, ge=16, le=2048, description="px of the longer side; a small JPEG of each picture in a folder of their own"
+    )
+    metadata_jsonl: bool = Field(
+        False, description="write images/metadata.jsonl when all is done, for Hugging Face's imagefolder"
+    )
+    latents_format: Literal["parquet", "safetensors"] = Field("parquet", description="of the layout latents")
+    c2pa: Signing | None = Field(None, description="sign each picture; needs the extra c2pa")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="passed to fsspec; never recorded"
     )
+
+    @model_validator(mode="after")
+    def _lossless(self) -> Sink:
+        if self.quality is not None and self.format in ("png", "jxl"):
+            raise ValueError(f"quality: {self.format} is lossless; leave it out, or use format jpeg or webp")
+        return self
 
 
 class Job(Section):
@@ -141,9 +173,23 @@ class Job(Section):
                 raise ValueError(f"stages.{i}.keep: latents on the way are not kept; leave it out")
             if stage.keep and i == len(self.stages) - 1:
                 raise ValueError(f"stages.{i}.keep: the last stage's pictures are always written; leave it out")
-        if self.sink.layout != "auto" and self.sink.layout != self.layout:
-            last = self.stages[-1].op
-            raise ValueError(f"sink.layout: {self.sink.layout} does not fit {last}; use {self.layout}, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _layout(self) -> Job:
+        sink, last = self.sink, self.stages[-1].op
+        own = MADE_OF.get(last)
+        if self.layout != own and (own or self.layout in MADE_OF.values()):
+            fitting = own or "files, webdataset or parquet"
+            raise ValueError(f"sink.layout: {sink.layout} does not fit {last}; use {fitting}, or leave it out")
+        if last != "encode" and sink.latents_format != "parquet":
+            raise ValueError(f"sink.latents_format: {last} makes no latents; leave it out")
+        if own:
+            for name in ("thumbnails", "metadata_jsonl", "c2pa"):
+                if getattr(sink, name):
+                    raise ValueError(f"sink.{name}: {last} makes no pictures; leave it out")
+        if sink.metadata_jsonl and self.layout != "files":
+            raise ValueError(f"sink.metadata_jsonl: {self.layout} holds it all; leave it out, or use layout files")
         return self
 
     @model_validator(mode="after")
@@ -163,10 +209,11 @@ class Job(Section):
         return self
 
     @property
-    def layout(self) -> Literal["files", "latents", "embeddings"]:
+    def layout(self) -> Layout:
         """What the output holds."""
-        op = self.stages[-1].op
-        return "latents" if op == "encode" else "embeddings" if op == "embed" else "files"
+        if self.sink.layout != "auto":
+            return self.sink.layout
+        return MADE_OF.get(self.stages[-1].op, "files")
 
     def resolved_yaml(self) -> str:
         """What `_ldm/job.yaml` keeps: every default filled in, no storage option."""
@@ -175,19 +222,37 @@ class Job(Section):
         return yaml.safe_dump(self.recorded(), sort_keys=False, allow_unicode=True)
 
     def recorded(self) -> dict[str, Any]:
-        """The job as plain values without storage options, which may hold secrets."""
-        return self.model_dump(mode="json", exclude={"source": {"storage_options"}, "sink": {"storage_options"}})
+        """The job as plain values without storage options, which may hold secrets, and without who signs."""
+        left_out = {"source": {"storage_options"}, "sink": {"storage_options", "c2pa"}}
+        return self.model_dump(mode="json", exclude=left_out)
+
+    def picture_settings(self) -> dict[str, Any]:
+        """What of the sink decides over the bytes of a picture."""
+        sink = self.sink
+        return {
+            "format": sink.format,
+            "quality": (sink.quality or 95) if sink.format == "jpeg" else sink.quality,
+            "embed_metadata": sink.embed_metadata,
+            # Not the certificate: one that is renewed makes no other picture.
+            **({"c2pa": True} if sink.c2pa is not None else {}),
+        }
+
+    def shape_settings(self) -> dict[str, Any]:
+        """What of the sink decides how an output as a whole is laid out, and so cannot change within one."""
+        return {
+            "sink.layout": self.layout,
+            "sink.latents_format": self.sink.latents_format,
+            "sink.thumbnails": self.sink.thumbnails,
+        }
 
     def output_settings(self) -> dict[str, Any]:
         """All that changes what comes out except the table's content, flat: {"stages.0.guidance_scale": 7.5, …}."""
         # Not how a model is spelled or where a table lies: the weights' digest and the rows' keys say what they are.
         pool = set(Pool.model_fields) - {"keep"}
         stages = [stage.model_dump(mode="json", exclude=pool | not_output(stage)) for stage in self.stages]
-        sink = self.sink.model_dump(
-            include={"format", "embed_metadata"} | ({"quality"} if self.sink.format == "jpeg" else set())
-        )
         source = self.source.model_dump(mode="json", include={"columns", "templates", "matrix", "pass_through"})
-        return flatten({"name": self.name, "seed": self.seed, "source": source, "stages": stages, "sink": sink})
+        rest = {"name": self.name, "seed": self.seed, "source": source, "stages": stages}
+        return flatten({**rest, "sink": self.picture_settings()}) | self.shape_settings()
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
@@ -254,6 +319,8 @@ def _sentence(document: Document, error: Any) -> str:
         near = difflib.get_close_matches(str(op), STAGES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(STAGES)}"
         return f"{document.where((*loc, 'op'))}: {path}.op: {shown}; {hint}"
+    if kind == "model_type":
+        return f"{at}: {path}: expected a mapping of fields; got {type(came).__name__}"
     if "storage_options" in loc:
         return f"{at}: {path}: expected a mapping of fsspec's options"
     message = error["msg"].removeprefix("Value error, ")
@@ -275,6 +342,8 @@ def _is_branch(step: str | int) -> bool:
 def _allowed(document: Document, loc: tuple[str | int, ...]) -> list[str]:
     if loc[0] == "source" and len(loc) > 1:
         return list(Source.model_fields)
+    if loc[:2] == ("sink", "c2pa") and len(loc) > 2:
+        return list(Signing.model_fields)
     if loc[0] == "sink" and len(loc) > 1:
         return list(Sink.model_fields)
     if loc[0] == "stages" and len(loc) > 3 and loc[2] in REFERENCES:

@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
-from pipelines.latents_file import LatentsHead, NotLatents, as_array, mapped, read_head
+from pipelines.latents_file import LatentsHead, NotLatents, as_array, mapped, open_safetensors, read_head
 from pipelines.manifest import read_manifest
 from pipelines.open_files import OpenFiles, open_parquet
 from pipelines.storage import Store
@@ -183,7 +183,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self._state = torch.zeros(2 + MAX_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call] # torch's own
         self._taken = 0
         # With a store of its own: a connection that was opened here would not survive the fork of a worker.
-        self._files = OpenFiles(Store(path, storage_options), open_parquet)
+        self._files = OpenFiles(Store(path, storage_options), _open_file)
 
     def _refuse_missing(self, embeddings: TextEmbeddings) -> None:
         table = read_manifest(self.store.url, ["status", "prompt"], self.store.storage_options)
@@ -399,12 +399,12 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
         raise JobError(f"{store.url} holds no latents; give the output of an encode job")
 
     def look(uri: str) -> tuple[str, LatentsHead, list[Group]]:
-        with open_parquet(store, uri) as file:
-            try:
+        try:
+            with _open_file(store, uri) as file:
                 head = read_head(file.schema_arrow.metadata)
-            except NotLatents as error:
-                raise JobError(f"{store.uri(uri)}: {error}") from None
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        except NotLatents as error:
+            raise JobError(f"{store.uri(uri)}: {error}") from None
         return uri, head, [Group(uri, i, size) for i, size in enumerate(sizes)]
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -421,6 +421,15 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
         buckets.setdefault(head.shape, []).extend(groups)
     heads = {head.shape: head for _, head, _ in found}
     return [Bucket(heads[shape], tuple(groups)) for shape, groups in sorted(buckets.items())]
+
+
+def _open_file(store: Store, uri: str) -> Any:
+    """A ParquetFile, or what has its methods for the other format."""
+    if not uri.endswith(".safetensors"):
+        return open_parquet(store, uri)
+    if store.local is not None:
+        return open_safetensors(pa.memory_map(str(store.local / uri)))
+    return open_safetensors(pa.PythonFile(store.filesystem.open(store.uri(uri), "rb"), "r"))
 
 
 def _taken(num_batches: int, lengths: list[int]) -> tuple[list[int], int]:

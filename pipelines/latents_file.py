@@ -1,7 +1,8 @@
-"""A Parquet file of latents of one shape, and what it says of the encoder that made them.
+"""A file of latents of one shape, and what it says of the encoder that made them.
 
-The latents are a column of fixed-size binary, row-major little-endian, not of fixed-size lists: pyarrow 26 reads the
-former at the speed of memory and the latter twenty times slower, for the sake of a validity bit per number.
+In Parquet the latents are a column of fixed-size binary, row-major little-endian, not of fixed-size lists: pyarrow 26
+reads the former at the speed of memory and the latter twenty times slower, for the sake of a validity bit per number.
+The other format is `safetensors_file`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines import safetensors_file
 from pipelines.blocks import GEOMETRY
+from pipelines.safetensors_file import SafetensorsFile
+
+LatentsFormat = Literal["parquet", "safetensors"]
 
 KEY = b"ldm_batch_latents"
 WHOLE_PAGES = b"ldm_batch_whole_pages"
@@ -63,13 +68,19 @@ class NotLatents(ValueError):
     """A file that holds none."""
 
 
-def write_latents(head: LatentsHead, rows: Sequence[Mapping[str, Any]], latents: Sequence[NDArray[Any]]) -> bytes:
+def write_latents(
+    format: LatentsFormat, head: LatentsHead, rows: Sequence[Mapping[str, Any]], latents: Sequence[NDArray[Any]]
+) -> bytes:
     """The file: `latents`, each of `head`'s shape and dtype, beside ROW_FIELDS of `rows`."""
+    about = {KEY: json.dumps(asdict(head)).encode()}
     arrays = [pa.array([row[field.name] for row in rows], field.type) for field in ROW_FIELDS]
+    if format == "safetensors":
+        table = pa.Table.from_arrays(arrays, schema=pa.schema(ROW_FIELDS).with_metadata(about))
+        return safetensors_file.write(table, np.stack(latents), KEY)
     width = int(np.prod(head.shape)) * np.dtype(head.dtype).itemsize
     arrays.append(pa.array([array.astype(f"<{array.dtype.str[1:]}").tobytes() for array in latents], pa.binary(width)))
     schema = pa.schema([*ROW_FIELDS, pa.field("latents", pa.binary(width), nullable=False)])
-    about = {KEY: json.dumps(asdict(head)).encode(), WHOLE_PAGES: b"1"}
+    about[WHOLE_PAGES] = b"1"
     table = pa.Table.from_arrays(arrays, schema=schema.with_metadata(about))
     buffer = io.BytesIO()
     pq.write_table(
@@ -84,6 +95,18 @@ def write_latents(head: LatentsHead, rows: Sequence[Mapping[str, Any]], latents:
         data_page_size=(1 << 31) - 1,
     )
     return buffer.getvalue()
+
+
+def open_safetensors(source: pa.NativeFile) -> SafetensorsFile:
+    """A file of `write_latents` that is safetensors, with the methods of pyarrow's ParquetFile.
+
+    Raises:
+        NotLatents: it is none, or cut off.
+    """
+    try:
+        return SafetensorsFile(source, KEY, ROW_FIELDS, ROWS_PER_GROUP)
+    except ValueError as error:
+        raise NotLatents(str(error)) from None
 
 
 def read_head(metadata: Mapping[bytes, bytes] | None) -> LatentsHead:
@@ -143,7 +166,11 @@ def read_latents(data: bytes) -> tuple[LatentsHead, pa.Table]:
         NotLatents: it holds none, or is cut off.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
+        if data[:4] == b"PAR1":
+            table = pq.read_table(pa.BufferReader(data))
+        else:
+            with open_safetensors(pa.BufferReader(data)) as file:
+                table = file.read()
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise NotLatents(str(error).splitlines()[0]) from None
     return read_head(table.schema.metadata), table

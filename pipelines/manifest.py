@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         pa.field("sha256", pa.string()),
         pa.field("num_bytes", pa.int64()),
         pa.field("format", pa.string()),
+        pa.field("thumbnail", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("prompt", pa.string()),
@@ -83,14 +84,18 @@ SCHEMA = pa.schema(
 )
 """One row per planned row; the table's other columns follow, `input.` in front where a name is taken.
 
-`status` is ok, failed or filtered. `uri` is relative to the output; of latents and text embeddings it is the file that
-holds them, at row `latents_row` or `embeddings_row`, and `sha256` and `num_bytes` are of theirs alone. Sizes in px,
-`duration_s` is the row's share of its device batch, over all stages. `image` is what the row brought along.
-`intermediates` lists what `save_intermediates` kept; `stages` what each stage did and under which parameters, the
-fields above being those of the first.
+`status` is ok, failed or filtered. `uri` is relative to the output; of a picture in a tar or Parquet file, `#` and its
+name or row there follow; of latents and text embeddings it is the file that holds them, at row `latents_row` or
+`embeddings_row`. `sha256` and `num_bytes` are of the picture, the latents or the embedding alone. `thumbnail` is a
+`uri` too. Sizes in px, `duration_s` is the row's share of its device batch, over all stages. `image` is what the row
+brought along. `intermediates` lists what `save_intermediates` kept; `stages` what each stage did and under which
+parameters, the fields above being those of the first.
 """
 
 FOLDER = "manifest"
+METADATA_JSONL = "images/metadata.jsonl"
+"""A copy for Hugging Face's imagefolder, written when all is done; readers of ours trust parts alone."""
+
 READERS = 16
 _PART = re.compile(rf"^{FOLDER}/[0-9a-f]+/(\d{{6,}})\.parquet$")
 

@@ -26,11 +26,13 @@ from pipelines.adapters import StageAdapters, adapter_settings, identify_adapter
 from pipelines.chunk import Chunk
 from pipelines.commit import commit
 from pipelines.errors import JobError
+from pipelines.images import MIME_TYPES, encode, refuse_missing
 from pipelines.job import Job, digest
 from pipelines.loading import image_loader
-from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, same_settings
+from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, refuse_other_shape, same_settings
 from pipelines.row_table import OWN_FIELDS, has_negative, in_order, row_table
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
+from pipelines.signing import Signer
 from pipelines.source import read_source
 from pipelines.stages import SCALES
 from pipelines.storage import Store, is_local
@@ -108,6 +110,8 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
     store = Store(job.sink.path, job.sink.storage_options)
     while True:
         plans = read_plans(store)
+        if plans:
+            refuse_other_shape(store, plans[-1].settings, job.shape_settings())
         if plans and not extend and not any(same_settings(p.settings, planner.settings) for p in plans):
             refuse_other_job(store, plans[-1].settings, planner.settings)
         planned = planner.plan(plans, store, extend)
@@ -115,6 +119,7 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
             return planned
         # Before the claim: a crash in between must not leave a mark that says too much.
         store.delete("_SUCCESS")
+        store.delete(manifest.METADATA_JSONL)
         _write_rows(store, planned.new, planned.table)
         store.write(f"{PLANS}/{planned.new.plan_id}/plan.json", planned.new.to_json())
         claim = json.dumps({"plan_id": planned.new.plan_id}).encode()
@@ -175,6 +180,10 @@ class _Planner:
             for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True))
         ]
         refuse_sink_in_source(job)
+        refuse_missing(job.sink.format)
+        if job.sink.c2pa is not None:
+            # Before any picture is made: whether the package is there, and certificate and key fit.
+            Signer(job.sink.c2pa)(encode(np.zeros((8, 8, 3), np.uint8), "png"), MIME_TYPES["png"])
         self.resolver = Resolver(job, self.models, self.adapters)
         self.settings = {
             **job.output_settings(),

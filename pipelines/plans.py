@@ -95,6 +95,15 @@ def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) ->
     )
 
 
+def refuse_other_shape(store: Store, held: dict[str, Any], shape: dict[str, Any]) -> None:
+    """Raise OutputHeldByOther where the rows of an output would lie in two ways: those it holds are not made again."""
+    for name, now in shape.items():
+        if held.get(name, now) != now:
+            raise OutputHeldByOther(
+                f"{store.url} holds {name} {held[name]!r}, now {now!r}; an output has one: choose a new sink.path"
+            )
+
+
 def read_shard(store: Store, file: str, row_group: int) -> pa.Table:
     """The planned rows of one shard."""
     data = store.read(file)

@@ -156,9 +156,7 @@ class Resolver:
                     ]
                     for i, (one, (weights, _), beside) in enumerate(zip(job.stages, models, adapters, strict=True))
                 ],
-                "format": job.sink.format,
-                "quality": job.sink.quality if job.sink.format == "jpeg" else None,
-                "embed_metadata": job.sink.embed_metadata,
+                **job.picture_settings(),
             }
         )
         self._cache: dict[str, dict[Any, tuple[Any, str | None]]] = {name: {} for name in self.readers}

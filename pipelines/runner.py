@@ -29,11 +29,13 @@ from pipelines.errors import (
     RunAlive,
     RunFailed,
 )
+from pipelines.image_folder import write_metadata
 from pipelines.job import Job
 from pipelines.latents_file import LatentsHead
 from pipelines.loading import LoadShard, image_loader
 from pipelines.planner import Planned, plan
 from pipelines.plans import Plan, Shard, read_plans, read_shard, same_settings
+from pipelines.signing import Signer
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage, EmbedStage, EncodeStage
 from pipelines.stopping import stop_on_signals
@@ -136,6 +138,8 @@ def _run(
     # Read again: a plan may have been added meanwhile.
     totals = count(store, read_plans(store))
     if code == EXIT_OK:
+        if job.sink.metadata_jsonl:
+            write_metadata(store)
         write_success(store, totals)
         code = EXIT_DEAD_LETTERS if totals.num_failed else EXIT_OK
     mine = [r for r in receipts if r["outcome"] == "mine"]
@@ -189,7 +193,15 @@ def _execute(
         todo,
         stages,
         writer=ShardWriter(
-            store, plan.plan_id, own.sink, run_id, first.name, first.revision, encoder_of(own.stages[-1], *models[-1])
+            store,
+            plan.plan_id,
+            own.sink,
+            own.layout,
+            run_id,
+            first.name,
+            first.revision,
+            encoder_of(own.stages[-1], *models[-1]),
+            signer(job, plan),
         ),
         join=join,
         storage_options=options,
@@ -206,6 +218,19 @@ def _execute(
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
     except Exception as error:
         raise plain_error(error) from error
+
+
+def signer(job: Job, plan: Plan) -> Signer | None:
+    """Who signs the plan's pictures: the job says now, as no plan records it.
+
+    Raises:
+        JobError: the plan's are signed, and the job names nobody.
+    """
+    if not plan.settings.get("sink.c2pa"):
+        return None
+    if job.sink.c2pa is None:
+        raise JobError(f"sink.c2pa: the pictures of plan {plan.plan_id} are signed; give certificate and private_key")
+    return Signer(job.sink.c2pa)
 
 
 def refuse_local_sink(store: Store, path: str) -> None:

@@ -16,15 +16,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
-from pipelines import manifest
+from pipelines import manifest, shard_file
 from pipelines.blocks import RESULT_FIELDS, unpack
 from pipelines.commit import commit
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.generation_text import describe
-from pipelines.images import EXTENSIONS, Format, encode
-from pipelines.job import Sink
+from pipelines.images import EXTENSIONS, MIME_TYPES, encode, thumbnail
+from pipelines.job import Layout, Sink
 from pipelines.latents_file import LatentsHead, write_latents
+from pipelines.shard_file import Picture
 from pipelines.storage import Store
+
+Put = Callable[[tuple[str, bytes]], None]
 
 PUTS_IN_FLIGHT = 16
 
@@ -66,17 +69,20 @@ class ShardWriter:
         store: Store,
         plan_id: str,
         sink: Sink,
+        layout: Layout,
         run_id: str,
         model: str,
         revision: str,
         encoder: LatentsHead | EmbeddingsHead | None = None,
+        sign: Callable[[bytes, str], bytes] | None = None,
     ) -> None:
         self.store = store
         self.plan_id = plan_id
-        self.format: Format = sink.format
-        self.quality = sink.quality
-        self.says_how = sink.embed_metadata != "none"
+        # What the store was opened with stays there.
+        self.sink = sink.model_copy(update={"storage_options": {}})
+        self.layout: Layout = layout
         self.encoder = encoder
+        self.sign = sign
         self.constants = {"run_id": run_id, "model": model, "model_revision": revision}
 
     def __call__(self, shard: pa.Table) -> pa.Table:
@@ -85,7 +91,10 @@ class ShardWriter:
         rows = shard.to_pylist()
         index = rows[0]["shard"]
         puts: list[tuple[str, bytes]] = []
-        records = [self._record(row, index, puts.append) for row in rows]
+        pictures: list[Picture] = []
+        records = [self._record(row, index, puts.append, pictures.append) for row in rows]
+        passed = self._passed(shard)
+        self._one_file(pictures, passed, index, puts.append)
         self._latents(rows, records, index, puts.append)
         self._embeddings(rows, records, index, puts.append)
         with ThreadPoolExecutor(PUTS_IN_FLIGHT) as pool:
@@ -101,7 +110,7 @@ class ShardWriter:
             num_filtered=counts["filtered"],
             keys_digest=manifest.keys_digest(record["key"] for record in records),
         )
-        part = manifest.part_bytes(self._table(shard, records), head)
+        part = manifest.part_bytes(self._table(shard, records, passed), head)
         outcome = commit(self.store, manifest.part_path(self.plan_id, index), part, head.attempt, manifest.attempt_of)
         errors = [f"{r['error_type']}: {r['error_message']}" for r in records if r["status"] == "failed"]
         receipt = {
@@ -113,7 +122,8 @@ class ShardWriter:
         }
         return pa.Table.from_pylist([receipt], schema=RECEIPT)
 
-    def _record(self, row: dict[str, Any], index: int, put: Callable[[tuple[str, bytes]], None]) -> dict[str, Any]:
+    def _record(self, row: dict[str, Any], index: int, put: Put, picture: Callable[[Picture], None]) -> dict[str, Any]:
+        """The manifest row; its picture is put, or handed on where a shard's pictures make one file."""
         record = {name: value for name, value in row.items() if name not in _INTERNAL}
         record |= self.constants | {"attempt": 1, "created_at": datetime.fromtimestamp(time.time(), UTC)}
         stages = record["stages"] = [dict(stage) for stage in row["stages"] or ()]
@@ -122,48 +132,58 @@ class ShardWriter:
             record["duration_s"] = sum(stage["duration_s"] or 0.0 for stage in stages)
         for early in row["kept"] or ():
             data = self._encode(unpack(early["pixels"]), record)
-            stem = f"{row['key']}-{early['stage']}"
-            uri, sha256 = self._name("images", index, stem, data, EXTENSIONS[self.format])
+            uri, sha256 = self._name("images", index, f"{row['key']}-{early['stage']}", data, self._extension)
             put((uri, data))
             stages[early["stage"]] |= {"uri": uri, "sha256": sha256, "num_bytes": len(data)}
-        kept = []
-        if row["status"] == "ok" and row["pixels"] is not None:
+        is_picture = row["status"] == "ok" and row["pixels"] is not None
+        record["intermediates"] = self._intermediates(row, index, put) if is_picture else []
+        if is_picture:
             pixels = unpack(row["pixels"])
             data = self._encode(pixels, record)
-            uri, sha256 = self._name("images", index, row["key"], data, EXTENSIONS[self.format])
-            put((uri, data))
+            uri, sha256 = self._name("images", index, row["key"], data, self._extension)
             height, width = pixels.shape[:2]
             record |= {
-                "uri": uri,
                 "sha256": sha256,
                 "num_bytes": len(data),
-                "format": self.format,
+                "format": self.sink.format,
                 "width": width,
                 "height": height,
             }
-            for step in row["intermediates"] or ():
-                files = {
-                    "latents": (save_safetensors({"latents": unpack(step["latents"])}), "safetensors"),
-                    "preview": (encode(unpack(step["preview"]), "png"), "png"),
-                }
-                for kind, (body, extension) in files.items():
-                    uri, sha256 = self._name(
-                        "intermediates", index, f"{row['key']}-{step['step']:04d}", body, extension
-                    )
-                    put((uri, body))
-                    kept.append(
-                        {"step": step["step"], "kind": kind, "uri": uri, "sha256": sha256, "num_bytes": len(body)}
-                    )
-        record["intermediates"] = kept
+            if self.layout == "files":
+                record["uri"] = uri
+                put((uri, data))
+            else:
+                picture(Picture(f"{row['key']}.{self._extension}", data, record))
+            if self.sink.thumbnails is not None:
+                small = thumbnail(pixels, self.sink.thumbnails)
+                record["thumbnail"], _ = self._name("thumbnails", index, row["key"], small, "jpg")
+                put((record["thumbnail"], small))
         return record
 
-    def _latents(
-        self,
-        rows: list[dict[str, Any]],
-        records: list[dict[str, Any]],
-        index: int,
-        put: Callable[[tuple[str, bytes]], None],
-    ) -> None:
+    def _intermediates(self, row: dict[str, Any], index: int, put: Put) -> list[dict[str, Any]]:
+        kept = []
+        for step in row["intermediates"] or ():
+            files = {
+                "latents": (save_safetensors({"latents": unpack(step["latents"])}), "safetensors"),
+                "preview": (encode(unpack(step["preview"]), "png"), "png"),
+            }
+            for kind, (body, extension) in files.items():
+                uri, sha256 = self._name("intermediates", index, f"{row['key']}-{step['step']:04d}", body, extension)
+                put((uri, body))
+                kept.append({"step": step["step"], "kind": kind, "uri": uri, "sha256": sha256, "num_bytes": len(body)})
+        return kept
+
+    def _one_file(self, pictures: list[Picture], passed: list[pa.Field], index: int, put: Put) -> None:
+        """Put the shard's pictures as one file, and tell each row where in it its own is."""
+        if not pictures or self.layout not in ("webdataset", "parquet"):
+            return
+        data, members = shard_file.write(self.layout, pictures, passed)
+        uri = f"data/{index:06d}-{hashlib.sha256(data).hexdigest()[:12]}.{shard_file.EXTENSIONS[self.layout]}"
+        put((uri, data))
+        for picture, member in zip(pictures, members, strict=True):
+            picture.row["uri"] = f"{uri}#{member}"
+
+    def _latents(self, rows: list[dict[str, Any]], records: list[dict[str, Any]], index: int, put: Put) -> None:
         """Put the shard's latents, a file per shape, and tell each record where its own are."""
         if not isinstance(self.encoder, LatentsHead):
             return
@@ -174,8 +194,10 @@ class ShardWriter:
                 shapes.setdefault(latents.shape, []).append((record, latents))
         for (channels, height, width), members in sorted(shapes.items()):
             head = replace(self.encoder, shape=(channels, height, width), dtype=members[0][1].dtype.name)
-            data = write_latents(head, [record for record, _ in members], [latents for _, latents in members])
-            uri, _ = self._name("data", index, f"{width}x{height}", data, "parquet")
+            data = write_latents(
+                self.sink.latents_format, head, [record for record, _ in members], [latents for _, latents in members]
+            )
+            uri, _ = self._name("data", index, f"{width}x{height}", data, self.sink.latents_format)
             put((uri, data))
             for i, (record, latents) in enumerate(members):
                 body = latents.tobytes()
@@ -188,13 +210,7 @@ class ShardWriter:
                     "format": "latents",
                 }
 
-    def _embeddings(
-        self,
-        rows: list[dict[str, Any]],
-        records: list[dict[str, Any]],
-        index: int,
-        put: Callable[[tuple[str, bytes]], None],
-    ) -> None:
+    def _embeddings(self, rows: list[dict[str, Any]], records: list[dict[str, Any]], index: int, put: Put) -> None:
         """Put the shard's text embeddings, one file, and tell each record where its own is."""
         made = [(row, record) for row, record in zip(rows, records, strict=True) if row["embeds_data"] is not None]
         if not isinstance(self.encoder, EmbeddingsHead) or not made:
@@ -218,19 +234,27 @@ class ShardWriter:
                 "format": "embeddings",
             }
 
+    @property
+    def _extension(self) -> str:
+        return EXTENSIONS[self.sink.format]
+
     def _encode(self, pixels: NDArray[np.uint8], record: dict[str, Any]) -> bytes:
         height, width = pixels.shape[:2]
-        text = describe(record, width, height) if self.says_how else None
-        return encode(pixels, self.format, self.quality, text)
+        text = describe(record, width, height) if self.sink.embed_metadata != "none" else None
+        data = encode(pixels, self.sink.format, self.sink.quality, text)
+        return self.sign(data, MIME_TYPES[self.sink.format]) if self.sign is not None else data
 
     def _name(self, folder: str, index: int, stem: str, data: bytes, extension: str) -> tuple[str, str]:
         # Other content, other name: nothing that a part names can ever change under it.
         sha256 = hashlib.sha256(data).hexdigest()
         return f"{folder}/{index:06d}/{stem}-{sha256[:12]}.{extension}", sha256
 
-    def _table(self, shard: pa.Table, records: list[dict[str, Any]]) -> pa.Table:
+    def _passed(self, shard: pa.Table) -> list[pa.Field]:
+        """The table's own columns."""
         own = set(manifest.SCHEMA.names) | _INTERNAL | {field.name for field in RESULT_FIELDS}
-        passed = [shard.schema.field(name) for name in shard.column_names if name not in own]
+        return [field for field in shard.schema if field.name not in own]
+
+    def _table(self, shard: pa.Table, records: list[dict[str, Any]], passed: list[pa.Field]) -> pa.Table:
         columns = {
             **{f.name: pa.array([record.get(f.name) for record in records], f.type) for f in manifest.SCHEMA},
             **{f.name: shard[f.name] for f in passed},

@@ -16,6 +16,8 @@ from pipelines.errors import NotWhole
 from pipelines.plans import Plan, Shard, read_plans
 from pipelines.storage import Store
 
+COUNTED = ["key", "sha256", "status", "num_bytes", "error_type"]
+
 
 @dataclass
 class Totals:
@@ -42,14 +44,39 @@ def unfinished(store: Store, plan: Plan) -> list[Shard]:
     return [shard for shard in plan.shards if shard.index not in done]
 
 
+class Counting:
+    """Totals of an output, part by part."""
+
+    def __init__(self, plans: list[Plan]) -> None:
+        self._totals = Totals(num_planned=sum(p.num_rows for p in plans), num_shards=sum(len(p.shards) for p in plans))
+        self._lines: list[str] = []
+
+    def add(self, head: manifest.PartHead, rows: pa.Table) -> None:
+        """Count a part that is whole; `rows` has COUNTED, at least."""
+        totals = self._totals
+        for key, sha256, status, size, error_type in zip(*(rows[name].to_pylist() for name in COUNTED), strict=True):
+            self._lines.append(f"{key} {sha256 or status}")
+            totals.num_bytes += size or 0
+            if status == "failed":
+                totals.failures[error_type] = totals.failures.get(error_type, 0) + 1
+        totals.num_ok += head.num_ok
+        totals.num_failed += head.num_failed
+        totals.num_filtered += head.num_filtered
+        totals.num_shards_done += 1
+
+    def totals(self) -> Totals:
+        """What was counted so far."""
+        self._totals.digest = hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
+        return self._totals
+
+
 def count(store: Store, plans: list[Plan]) -> Totals:
     """Count what every part says, and hold it against the plans.
 
     Raises:
         NotWhole: a part that no plan knows, or one whose rows are not the planned ones.
     """
-    totals = Totals(num_planned=sum(p.num_rows for p in plans), num_shards=sum(len(p.shards) for p in plans))
-    lines: list[str] = []
+    counting = Counting(plans)
     for one in plans:
         wanted = {manifest.part_path(one.plan_id, shard.index): shard for shard in one.shards}
         there = manifest.part_names(store, f"{manifest.FOLDER}/{one.plan_id}")
@@ -59,20 +86,8 @@ def count(store: Store, plans: list[Plan]) -> Totals:
                 raise NotWhole(
                     f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again"
                 )
-            table = pq.read_table(pa.BufferReader(part), columns=["key", "sha256", "status", "num_bytes", "error_type"])
-            for key, sha256, status, size, error_type in zip(
-                *(table[n].to_pylist() for n in table.column_names), strict=True
-            ):
-                lines.append(f"{key} {sha256 or status}")
-                totals.num_bytes += size or 0
-                if status == "failed":
-                    totals.failures[error_type] = totals.failures.get(error_type, 0) + 1
-            totals.num_ok += head.num_ok
-            totals.num_failed += head.num_failed
-            totals.num_filtered += head.num_filtered
-            totals.num_shards_done += 1
-    totals.digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-    return totals
+            counting.add(head, pq.read_table(pa.BufferReader(part), columns=COUNTED))
+    return counting.totals()
 
 
 def write_success(store: Store, totals: Totals) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import pipelines
@@ -22,9 +24,13 @@ from pipelines import latents_file
 from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
 from pipelines.latents import LatentDataset, _taken
-from pipelines.latents_file import LatentsHead, mapped, write_latents
-from pipelines.planner import check
+from pipelines.latents_file import LatentsHead, NotLatents, mapped, open_safetensors, read_latents, write_latents
+from pipelines.loading import LoadShard
+from pipelines.planner import check, plan
 from pipelines.runner import run
+from pipelines.storage import Store
+from pipelines.verify import Decoded, verify
+from pipelines.weights import digest_folder
 from tests import models
 from tests.ldm_ops.rows import picture
 from tests.pipelines import reader
@@ -62,7 +68,7 @@ def encode_job(out: Path, rows: list[dict[str, Any]], *stages: dict[str, Any], *
 
     from pipelines.job import parse_job
 
-    data = {"source": {"rows": rows}, "stages": list(stages), "sink": {"path": str(out)}, **fields}
+    data = {"source": {"rows": rows}, "stages": list(stages), "sink": {"path": str(out)}} | fields
     return parse_job(yaml.safe_dump(data))
 
 
@@ -117,6 +123,150 @@ def test_encoding_gives_the_same_bytes_under_two_workers_and_in_any_order(
     run(encode_job(tmp_path, photos[::-1], encode(tiny_model, workers=2)))
     shas = [{name: row["sha256"] for name, row in stored(out).items()} for out in (encoded, tmp_path)]
     assert shas[0] == shas[1]
+
+
+@pytest.fixture(scope="module")
+def safetensors(
+    ray_session: None, tiny_model: Path, photos: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("safetensors")
+    sink = {"path": str(out), "latents_format": "safetensors"}
+    assert run(encode_job(out, photos, encode(tiny_model, workers=2), sink=sink)).exit_code == 0
+    return out
+
+
+def test_safetensors_hold_what_parquet_does_beside_the_encoders_identity(encoded: Path, safetensors: Path) -> None:
+    from safetensors import safe_open
+
+    by_key = {row["key"]: row for row in stored(encoded).values()}
+    found = {}
+    for path in sorted((safetensors / "data").rglob("*.safetensors")):
+        with safe_open(path, "numpy") as file:
+            latents = file.get_tensor("latents")
+            about = json.loads(file.metadata()["ldm_batch_latents"])
+        assert about["head"]["encoder_revision"] == next(iter(by_key.values()))["model_revision"]
+        assert tuple(about["head"]["shape"]) == latents.shape[1:]
+        rows = about["rows"]
+        for i, key in enumerate(rows["key"]):
+            assert latents[i].tobytes() == by_key[key]["data"]
+            for name in ("id", "prompt", "original_height", "original_width", "crop_top", "crop_left", "flipped"):
+                assert rows[name][i] == by_key[key][name]
+            found[key] = (f"data/{path.parent.name}/{path.name}", i)
+    parts = [pq.read_table(path).to_pylist() for path in (safetensors / "manifest").rglob("*.parquet")]
+    told = {row["key"]: (row["uri"], row["latents_row"]) for part in parts for row in part}
+    assert found == told
+    assert set(told) == set(by_key)
+
+
+def test_batches_are_the_same_whatever_the_format(encoded: Path, safetensors: Path, s3_options: dict[str, Any]) -> None:
+    import fsspec
+
+    fsspec.filesystem("s3", **s3_options).put(str(safetensors), "bkt/safetensors", recursive=True)
+    others = [
+        LatentDataset(str(safetensors), batch_size=2, seed=3),
+        LatentDataset("s3://bkt/safetensors", batch_size=2, seed=3, storage_options=s3_options),
+    ]
+    for other in others:
+        parquet = LatentDataset(str(encoded), batch_size=2, seed=3)
+        for workers in (0, 2):
+            loaders = [DataLoader(dataset, batch_size=None, num_workers=workers) for dataset in (parquet, other)]
+            for a, b in zip(*loaders, strict=True):
+                assert (a["key"], a["prompt"]) == (b["key"], b["prompt"])
+                for name in ("latents", "original_size", "crop_top_left", "target_size", "flipped"):
+                    assert torch.equal(a[name], b[name])
+
+
+def test_groups_of_safetensors_are_read_one_by_one() -> None:
+    head = LatentsHead("m", "r", "mode", "float32", (1, 2, 2), 1.0, 0.0, 8)
+    rows = [{"key": f"k{i}", "id": None, "prompt": f"p{i % 3}", "flipped": i % 2 == 0} for i in range(600)]
+    geometry = ("original_height", "original_width", "crop_top", "crop_left")
+    rows = [row | dict.fromkeys(geometry, i) for i, row in enumerate(rows)]
+    latents = [np.full((1, 2, 2), i, np.float32) for i in range(600)]
+    files = {format: write_latents(format, head, rows, latents) for format in ("parquet", "safetensors")}
+    parquet = pq.ParquetFile(pa.BufferReader(files["parquet"]))
+    mine = open_safetensors(pa.BufferReader(files["safetensors"]))
+    assert mine.num_row_groups == parquet.num_row_groups == 3
+    for i in range(3):
+        columns = ["latents", "key", "flipped", "crop_top"]
+        assert mine.read_row_group(i, columns).equals(parquet.read_row_group(i, columns))
+        assert mine.metadata.row_group(i).num_rows == parquet.metadata.row_group(i).num_rows
+    data = files["safetensors"]
+    for broken in (b"", data[:5], data[:100], data[:-1], b"\xff" * 16, b"<html>" + data):
+        with pytest.raises(NotLatents):
+            read_latents(broken)
+    assert files["safetensors"] == write_latents("safetensors", head, rows, latents)
+
+
+def test_latents_in_safetensors_are_loaded_for_decoding_as_those_in_parquet_are(
+    encoded: Path, safetensors: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    loaded = []
+    for out in (encoded, safetensors):
+        source = {"path": str(out), "format": "manifest"}
+        decode = job(tmp_path / out.name, source, {"op": "decode", "model": str(tiny_model)})
+        planned = plan(decode).new
+        assert planned is not None
+        load = LoadShard(Store(decode.sink.path), None, digest_folder(tiny_model), {})
+        places = [pa.table({"file": [s.file], "row_group": [s.row_group], "part": [""]}) for s in planned.shards]
+        rows = [row for place in places for row in load(place).to_pylist()]
+        loaded.append({row["id"]: row["latents_data"] for row in rows})
+    assert loaded[0] == loaded[1]
+    assert len(loaded[0]) == 22
+    assert None not in loaded[0].values()
+
+
+def test_safetensors_are_the_same_files_after_a_resume_by_another_number_of_workers(
+    safetensors: Path, tiny_model: Path, photos: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(safetensors, out)
+    for part in sorted((out / "manifest").rglob("*.parquet"))[::2]:
+        for uri in {row["uri"] for row in pq.read_table(part).to_pylist()}:
+            (out / uri).unlink()
+        part.unlink()
+    sink = {"path": str(out), "latents_format": "safetensors"}
+    assert run(encode_job(out, photos, encode(tiny_model, workers=1), sink=sink)).num_new_rows > 0
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+    assert files(out) == files(safetensors)
+
+
+def test_verify_reads_latents_back_and_decodes_some(
+    encoded: Path, safetensors: Path, photos: list[dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    reports = [verify(str(out), decode=5, seed=1) for out in (encoded, safetensors)]
+    assert [report.faults for report in reports] == [[], []]
+    assert reports[0].decoded == reports[1].decoded
+    decoded = reports[0].decoded
+    assert decoded is not None
+    assert (decoded.num_rows, decoded.num_compared) == (5, 5)
+    everything = verify(str(encoded), decode=100).decoded
+    assert everything is not None
+    ratios = []
+    decoder = Decode(model="x")
+    vae = decoder.load(tiny_model)
+    found = stored(encoded)
+    for row in photos:
+        mine = found[row["id"]]
+        latents = np.frombuffer(mine["data"], np.float16).reshape(mine["latents_shape"])
+        made = decoder.run(vae, [{"latents": latents}])[0]["image"]
+        with Image.open(row["image"]) as image:
+            cut = np.asarray(ImageOps.fit(image, made.shape[1::-1], Image.Resampling.LANCZOS))
+        ratios.append(10 * np.log10(255**2 / np.mean((made.astype(float) - cut.astype(float)) ** 2)))
+    assert everything.num_compared == 22
+    assert everything.psnr_db_min == pytest.approx(min(ratios))
+    assert everything.psnr_db_mean == pytest.approx(np.mean(ratios))
+    broken = tmp_path / "broken"
+    shutil.copytree(safetensors, broken)
+    path = next((broken / "data").rglob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert verify(str(broken)).faults == [
+        f"{path.relative_to(broken)}: {len(data)} bytes, not what its name says; it was cut off or changed"
+    ]
 
 
 def seen(batches: Any) -> list[str]:
@@ -268,7 +418,7 @@ def test_pages_that_are_mapped_hold_what_pyarrow_reads(tmp_path: Path, monkeypat
     rows = [
         {"key": f"{i}", "id": None, "prompt": "a", "flipped": False, **dict.fromkeys(GEOMETRY, 0)} for i in range(600)
     ]
-    (tmp_path / "x.parquet").write_bytes(write_latents(head, rows, latents))
+    (tmp_path / "x.parquet").write_bytes(write_latents("parquet", head, rows, latents))
     with pq.ParquetFile(tmp_path / "x.parquet") as file:
         assert file.num_row_groups == 3
         for i in range(file.num_row_groups):
@@ -317,6 +467,9 @@ def test_a_chain_records_the_cut_that_its_latents_show(tiny_model: Path, tmp_pat
     run(encode_job(tmp_path, [{"prompt": "a", "id": "a"}], *stages, encode(tiny_model, max_aspect_ratio=1)))
     found = stored(tmp_path)["a"]
     assert [found[name] for name in ("original_height", "original_width", "crop_top", "crop_left")] == [64, 96, 0, 16]
+    # There is nothing to compare these with: what the first stage made was never written.
+    report = verify(str(tmp_path), decode=3)
+    assert (report.faults, report.decoded) == ([], Decoded(num_rows=1))
 
 
 def test_decoding_with_another_model_than_encoded_is_refused(

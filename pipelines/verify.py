@@ -1,0 +1,317 @@
+"""Verify: read back what an output says that it holds, and hold it against its plans.
+
+Parts first, then the files that they name; a shard at a time, and of each row only a line for the digest stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import manifest, shard_file
+from pipelines.errors import JobError, NotWhole
+from pipelines.images import EXTENSIONS
+from pipelines.inputs import BadImage
+from pipelines.job import Job
+from pipelines.latents_file import NotLatents, as_array, read_latents
+from pipelines.loading import image_loader
+from pipelines.plans import Plan, Shard, read_plans, read_shard
+from pipelines.stages import EncodeStage
+from pipelines.storage import Store
+from pipelines.totals import Counting, Totals
+from pipelines.weights import fetch, identify
+
+MAX_FAULTS = 20
+READERS = 8
+MAX_PSNR_DB = 100.0
+
+
+@dataclass
+class Decoded:
+    """Rows that were decoded, and how near they are to their source images, where these are still there."""
+
+    num_rows: int = 0
+    num_compared: int = 0
+    psnr_db_mean: float | None = None
+    psnr_db_min: float | None = None
+
+
+@dataclass
+class Report:
+    """What was read back. `faults` are the first MAX_FAULTS of `num_faults`, a line each."""
+
+    output: str
+    totals: Totals = field(default_factory=Totals)
+    num_rows_read: int = 0
+    num_files_read: int = 0
+    num_bytes_read: int = 0
+    num_faults: int = 0
+    faults: list[str] = field(default_factory=list)
+    decoded: Decoded | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return NotWhole.exit_code if self.num_faults else 0
+
+    def fault(self, text: str) -> None:
+        self.num_faults += 1
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(text)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a row says of a file, or of a part of it: `member` is a name in a tar, or a row's number."""
+
+    file: str
+    member: str | None
+    sha256: str | None
+    num_bytes: int | None
+    kind: str = "picture"
+
+
+def verify(
+    output: str,
+    storage_options: dict[str, Any] | None = None,
+    sample: int | None = None,
+    decode: int = 0,
+    seed: int = 0,
+    source_options: dict[str, Any] | None = None,
+) -> Report:
+    """Read an output back: its parts, and the files of all rows or of `sample` of them, chosen by `seed`.
+
+    `decode` rows of latents are decoded too, by the autoencoder that made them. `source_options` are for fsspec, of the
+    images and the model.
+
+    Raises:
+        NotWhole: no plan is there, or one that cannot be read; all other faults are in the report.
+        JobError: `decode` of an output without latents, or whose model is no longer to be had.
+        StorageError: the store refuses or does not answer.
+    """
+    store = Store(output, storage_options)
+    plans = read_plans(store)
+    if not plans:
+        raise NotWhole(f"{output} holds no plan of ldm-batch; check the path")
+    report = Report(output)
+    counting = Counting(plans)
+    to_read, to_decode = _Lot(sample, seed), _Lot(decode, seed)
+    for plan in plans:
+        for shard, rows in _parts(store, plan, counting, report):
+            if sample is None:
+                _read_files(store, rows, report)
+            for row in rows:
+                if row["status"] == "ok":
+                    to_read.offer(row["key"], (plan, shard, row))
+                    if row["format"] == "latents":
+                        to_decode.offer(row["key"], (plan, shard, row))
+    _read_files(store, [row for _, _, row in to_read.drawn()], report)
+    planned = {manifest.part_path(plan.plan_id, shard.index) for plan in plans for shard in plan.shards}
+    for name in manifest.part_names(store):
+        if name not in planned:
+            report.fault(f"{name}: no plan names this part")
+    report.totals = counting.totals()
+    _check_success(store, report)
+    if decode:
+        _decode(store, to_decode.drawn(), report, source_options or {})
+    return report
+
+
+class _Lot:
+    """Up to `size` of all that is offered, chosen by seed and key alone; none where there is no size."""
+
+    def __init__(self, size: int | None, seed: int) -> None:
+        self.size = size or 0
+        self.seed = seed
+        self.heap: list[tuple[int, str, Any]] = []
+
+    def offer(self, key: str, item: Any) -> None:
+        if not self.size:
+            return
+        rank = int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:8], "big")
+        push = heapq.heappush if len(self.heap) < self.size else heapq.heappushpop
+        push(self.heap, (-rank, key, item))
+
+    def drawn(self) -> list[Any]:
+        return [item for _, _, item in sorted(self.heap, key=lambda entry: entry[:2])]
+
+
+def _parts(
+    store: Store, plan: Plan, counting: Counting, report: Report
+) -> Iterator[tuple[Shard, list[dict[str, Any]]]]:
+    """The manifest rows of every shard of `plan` whose part is whole."""
+    shards = iter(plan.shards)
+    with ThreadPoolExecutor(READERS) as pool:
+        while block := list(islice(shards, READERS)):
+            paths = [manifest.part_path(plan.plan_id, shard.index) for shard in block]
+            for shard, path, part in zip(block, paths, pool.map(store.read, paths), strict=True):
+                head = None if part is None else manifest.read_head(part)
+                if part is None:
+                    report.fault(f"{path}: missing; its shard is not done, run the job again")
+                elif head is None:
+                    report.fault(f"{path}: not a whole part; move it away and run the job again")
+                elif head.keys_digest != shard.keys_digest:
+                    report.fault(f"{path}: does not hold the rows that the plan names; move it away and run again")
+                else:
+                    table = pq.read_table(pa.BufferReader(part))
+                    counts = {name: 0 for name in ("ok", "failed", "filtered")}
+                    for status in table["status"].to_pylist():
+                        counts[status] = counts.get(status, 0) + 1
+                    if counts != {"ok": head.num_ok, "failed": head.num_failed, "filtered": head.num_filtered}:
+                        report.fault(f"{path}: its rows are not as many of each status as it says")
+                    counting.add(head, table)
+                    yield shard, table.to_pylist()
+
+
+def _pieces(row: dict[str, Any]) -> Iterator[Piece]:
+    """All that a manifest row names."""
+    if row["status"] == "ok":
+        file, mark, member = (row["uri"] or "").partition("#")
+        said = (row["sha256"], row["num_bytes"])
+        if row["format"] == "latents":
+            yield Piece(file, str(row["latents_row"]), *said, kind="latents")
+        elif row["format"] in EXTENSIONS:
+            yield Piece(file, member if mark else None, *said)
+        else:
+            # Of a file of another kind, its name tells whether it is what was written.
+            yield Piece(file, None, None, None)
+    for other in [*(row["stages"] or ()), *(row["intermediates"] or ())]:
+        if other["uri"] is not None:
+            yield Piece(other["uri"], None, other["sha256"], other["num_bytes"])
+    if row["thumbnail"] is not None:
+        yield Piece(row["thumbnail"], None, None, None)
+
+
+def _read_files(store: Store, rows: list[dict[str, Any]], report: Report) -> None:
+    files: dict[str, list[Piece]] = {}
+    for row in rows:
+        for piece in _pieces(row):
+            files.setdefault(piece.file, []).append(piece)
+    report.num_rows_read += len(rows)
+    with ThreadPoolExecutor(READERS) as pool:
+        for num_bytes, faults in pool.map(lambda item: _read_file(store, *item), files.items()):
+            report.num_files_read += 1
+            report.num_bytes_read += num_bytes
+            for text in faults:
+                report.fault(text)
+
+
+def _read_file(store: Store, file: str, pieces: list[Piece]) -> tuple[int, list[str]]:
+    """How many bytes a file has, and what is wrong with it."""
+    data = store.read(file) if file else None
+    if data is None:
+        rows = f" ({len(pieces)} rows)" if len(pieces) > 1 else ""
+        return 0, [f"{file or 'a row that is ok'}: missing{rows}"]
+    digest = hashlib.sha256(data).hexdigest()
+    if digest[:12] not in file.rpartition("/")[2]:
+        return len(data), [f"{file}: {len(data)} bytes, not what its name says; it was cut off or changed"]
+    try:
+        found = _members(data, pieces)
+    except ValueError as error:
+        return len(data), [f"{file}: cannot be read ({error})"]
+    faults = []
+    for piece in pieces:
+        where = file if piece.member is None else f"{file}#{piece.member}"
+        body = data if piece.member is None else found.get(piece.member)
+        if body is None:
+            faults.append(f"{where}: not in that file")
+        elif piece.num_bytes is not None and len(body) != piece.num_bytes:
+            faults.append(f"{where}: {len(body)} bytes, not {piece.num_bytes}")
+        elif piece.sha256 is not None and hashlib.sha256(body).hexdigest() != piece.sha256:
+            faults.append(f"{where}: other content than the manifest says")
+    return len(data), faults
+
+
+def _members(data: bytes, pieces: list[Piece]) -> dict[str, bytes]:
+    names = [piece.member for piece in pieces if piece.member is not None]
+    if not names:
+        return {}
+    if pieces[0].kind == "picture":
+        return shard_file.read(data, names)
+    try:
+        head, table = read_latents(data)
+    except NotLatents as error:
+        raise ValueError(str(error)) from None
+    latents = as_array(table["latents"], head)
+    return {name: latents[int(name)].tobytes() for name in names if int(name) < len(latents)}
+
+
+def _check_success(store: Store, report: Report) -> None:
+    """Hold `_SUCCESS` against what was counted; before the last shard is done there should be none."""
+    totals, mark = report.totals, store.read("_SUCCESS")
+    whole = totals.num_done == totals.num_planned and totals.num_shards_done == totals.num_shards
+    if mark is None:
+        if whole and not report.num_faults:
+            report.fault("_SUCCESS: missing, though all is there; run the job again, which writes it")
+        return
+    try:
+        said = json.loads(mark)
+        names = ("num_planned", "num_ok", "num_failed", "num_filtered", "num_bytes", "num_shards", "digest")
+        different = [name for name in names if said[name] != asdict(totals)[name]]
+    except (ValueError, KeyError, TypeError):
+        report.fault("_SUCCESS: cut off, or not of ldm-batch; remove it and run the job again")
+        return
+    if different:
+        name = different[0]
+        report.fault(f"_SUCCESS: says {name} {said[name]}, the manifest {asdict(totals)[name]}")
+
+
+def _decode(
+    store: Store, drawn: list[tuple[Plan, Shard, dict[str, Any]]], report: Report, options: dict[str, Any]
+) -> None:
+    """Decode latents as `decode` does, and compare them with the cut of the image that was encoded."""
+    from ldm_ops.decode import Decode
+    from ldm_ops.op import RowRefused
+
+    if not drawn:
+        raise JobError(f"{report.output} holds no latents to decode; --decode is for the output of an encode job")
+    report.decoded = found = Decoded()
+    ratios: list[float] = []
+    models: dict[str, Any] = {}
+    for plan, shard, row in drawn:
+        job = Job.model_validate(plan.job)
+        stage = job.stages[-1]
+        assert isinstance(stage, EncodeStage)
+        op = Decode(**{name: getattr(stage, name) for name in ("model", "revision", "variant", "dtype", "device")})
+        if plan.plan_id not in models:
+            weights, facts = identify(stage.model, stage.revision, stage.variant, options)
+            wanted = plan.settings[f"stages.{len(job.stages) - 1}.model_revision"]
+            if weights.revision != wanted:
+                raise JobError(f"model {stage.model} is {weights.revision} now, the latents are of {wanted}")
+            models[plan.plan_id] = (op.load(fetch(weights)), image_loader(stage, facts, options))
+        model, loader = models[plan.plan_id]
+        where = f"{row['uri']}#{row['latents_row']}"
+        data = store.read(row["uri"])
+        try:
+            head, table = read_latents(data or b"")
+            latents = as_array(table["latents"], head)[row["latents_row"]]
+            made = op.run(model, [{"latents": latents}])[0]["image"]
+        except (NotLatents, IndexError, RowRefused) as error:
+            report.fault(f"{where}: cannot be decoded ({error})")
+            continue
+        found.num_rows += 1
+        # What an earlier stage made was never written down.
+        planned = read_shard(store, shard.file, shard.row_group).to_pylist() if len(job.stages) == 1 else []
+        for mine in (one for one in planned if one["key"] == row["key"] and loader is not None):
+            source = loader([mine])[0]
+            if not isinstance(source, BadImage):
+                ratios.append(psnr_db(made, source.image[:, ::-1] if row["flipped"] else source.image))
+    if ratios:
+        found.num_compared = len(ratios)
+        found.psnr_db_mean, found.psnr_db_min = sum(ratios) / len(ratios), min(ratios)
+
+
+def psnr_db(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures of one size, at most MAX_PSNR_DB."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return min(MAX_PSNR_DB, 10 * math.log10(255**2 / error)) if error else MAX_PSNR_DB
