@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 CHUNK_ROWS = 20_000
@@ -13,7 +13,9 @@ class Chunk:
     """Some consecutive rows as equally long columns. `first_row` counts from 1, without a header.
 
     `has_header` says that every chunk of the file has the same columns. Relative paths in cells are relative to `base`.
-    `versions` tells, where a listing does, which version of each image is there (size and ETag or time).
+    `versions` tells by column, where a source knows it, which version of each image is there: a content's sha256, or
+    a store's mark. `problems` tells by row what is wrong with it already, and `num_skipped` what else the source holds
+    that is no row.
     """
 
     uri: str
@@ -22,4 +24,6 @@ class Chunk:
     columns: dict[str, list[Any]]
     has_header: bool = True
     base: str = ""
-    versions: list[str] | None = None
+    versions: dict[str, list[str | None]] = field(default_factory=dict)
+    problems: dict[int, str] = field(default_factory=dict)
+    num_skipped: int = 0

@@ -244,6 +244,7 @@ def _planned_json(planned: Planned) -> dict[str, Any]:
         "num_known": planned.num_known,
         "num_wrong": planned.num_wrong,
         "num_gone": planned.num_gone,
+        "num_skipped": planned.num_skipped,
         "num_batches": planned.new.num_batches if planned.new else 0,
         "num_shards": planned.num_shards,
         "models": [
@@ -274,6 +275,8 @@ def _planned_text(planned: Planned) -> str:
     ]
     if planned.num_gone:
         lines.append(f"not here   {planned.num_gone} planned before and not in this table; they stay in the output")
+    if planned.num_skipped:
+        lines.append(f"skipped    {planned.num_skipped} that img2dataset could not download")
     if planned.num_wrong:
         lines.append(f"wrong      {planned.num_wrong}, such as {planned.problems[0]}")
     if planned.new:

@@ -10,12 +10,14 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, UnidentifiedImageError
 
 from pipelines import generation_text
 from pipelines.chunk import CHUNK_ROWS, Chunk
 from pipelines.errors import JobError
-from pipelines.manifest import SCHEMA, read_manifest
+from pipelines.manifest import SCHEMA, concat, read_tables
 from pipelines.storage import Store, is_local, list_files
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
@@ -49,11 +51,16 @@ def list_images(path: str, storage_options: dict[str, Any], alone: bool = True) 
         names = [name for name, _ in block]
         ids = names if alone else [f"{path.rstrip('/')}/{name}" for name in names]
         # A store's listing tells versions; local files are looked at when the row is planned.
-        versions = None if is_local(path) else [f"{base}/{name} {version}" for name, version in block]
+        versions: dict[str, list[str | None]] = {}
+        if not is_local(path):
+            versions["image"] = [f"{base}/{name} {version}" for name, version in block]
         yield Chunk(path, first, len(block), {"id": ids, "image": names}, base=base or ".", versions=versions)
         first += len(block)
     if first == 1:
-        raise JobError(f"source.path {path}: no image there ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path")
+        raise JobError(
+            f"source.path {path}: no image there ({', '.join(sorted(IMAGE_SUFFIXES))}); check the path; "
+            "of a folder of tars name its tars, as in folder/*.tar, or set source.format: img2dataset"
+        )
 
 
 def read_parameters(path: str, storage_options: dict[str, Any], alone: bool = True) -> Iterator[Chunk]:
@@ -105,28 +112,44 @@ def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True)
     Raises:
         JobError: there is no manifest, or no picture in it.
     """
-    table = read_manifest(path, storage_options=storage_options)
-    rows = [row for row in table.to_pylist() if row["status"] == "ok"]
-    if not rows:
+    store = Store(path, storage_options)
+    # Twice over the parts, since a manifest can be larger than the memory: what tells rows apart stands at their end.
+    ids: list[str | None] = []
+    schemas: dict[pa.Schema, None] = {}
+    for table in read_tables(store):
+        schemas[table.schema] = None
+        made = _made(table)
+        _refuse_unreadable(path, made)
+        ids += made["id"].to_pylist()
+    if not ids:
         raise JobError(f"source.path {path}: no picture of an earlier run there; give the output folder of a job")
-    for row in rows:
-        if "#" in row["uri"] or row["format"] == "jxl":
-            reason = "lies in one file with others" if "#" in row["uri"] else "is JPEG XL"
-            raise JobError(
-                f"source.path {path}: {row['uri']} {reason}, which is no source; use an output with sink.layout files "
-                "and sink.format png, jpeg or webp"
-            )
-    own = {"prompt", "negative_prompt"}
-    ids = [row["id"] for row in rows]
     # An output that was extended, or a table without ids, has rows that no id tells apart.
     told_apart = alone and len({*ids} - {None}) == len(ids)
-    passed = [name for name in table.column_names if name not in SCHEMA.names] + sorted(own)
-    for first in range(0, len(rows), CHUNK_ROWS):
-        block = rows[first : first + CHUNK_ROWS]
+    del ids
+    whole = concat([schema.empty_table() for schema in schemas])
+    passed = [name for name in whole.column_names if name not in SCHEMA.names] + ["negative_prompt", "prompt"]
+    first = 1
+    rows = (row for table in read_tables(store) for row in concat([whole, _made(table)]).to_pylist())
+    while block := list(islice(rows, CHUNK_ROWS)):
         columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in passed}
         columns["image"] = [row["uri"] for row in block]
         columns["latents"] = [None if r["latents_row"] is None else f"{r['uri']}#{r['latents_row']}" for r in block]
         columns["id"] = [row["id"] if told_apart else row["key"] for row in block]
-        versions = [row["sha256"] for row in block]
+        versions: list[str | None] = [row["sha256"] for row in block]
         base = path.removeprefix("file://").rstrip("/")
-        yield Chunk(path, first + 1, len(block), columns, base=base, versions=versions)
+        yield Chunk(path, first, len(block), columns, base=base, versions=dict.fromkeys(("image", "latents"), versions))
+        first += len(block)
+
+
+def _refuse_unreadable(path: str, made: pa.Table) -> None:
+    for uri, format in zip(made["uri"].to_pylist(), made["format"].to_pylist(), strict=True):
+        if "#" in uri or format == "jxl":
+            reason = "lies in one file with others" if "#" in uri else "is JPEG XL"
+            raise JobError(
+                f"source.path {path}: {uri} {reason}, which is no source; use an output with sink.layout files and "
+                "sink.format png, jpeg or webp"
+            )
+
+
+def _made(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table["status"], "ok"))

@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from pipelines.errors import JobError
 from pipelines.stages import REFERENCES, STAGES, AnyStage, Pool, RowParameter, Stage, not_output
 from pipelines.yaml_file import Document, override, read_yaml
 
 SCHEMA_HEADER = "# yaml-language-server: $schema="
+
+HOST = re.compile(r"((\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+"""A name, all names below one, or an address; with a port or without."""
 
 RowName = Literal["id", RowParameter]
 """Columns of a table that mean something; all others pass through."""
@@ -47,13 +50,26 @@ class Source(Section):
 
     path: str | list[str] | None = Field(
         None,
-        description="file, glob, list or fsspec URL of CSV, TSV, JSONL, Parquet, text with a prompt a line, or images",
+        description="file, glob, list or fsspec URL of CSV, TSV, JSONL, Parquet, text with a prompt a line, WebDataset "
+        "tars, or images",
     )
     rows: list[str | dict[str, Any]] | None = Field(None, description="prompts, or rows as mappings, inline")
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "text", "images", "parameters", "manifest"] = Field(
+    format: Literal[
+        "auto",
+        "csv",
+        "tsv",
+        "jsonl",
+        "parquet",
+        "text",
+        "webdataset",
+        "img2dataset",
+        "images",
+        "parameters",
+        "manifest",
+    ] = Field(
         "auto",
         description="auto goes by the ending, and a folder is one of images; parameters reads from pictures how they "
-        "were made, manifest takes the pictures of an earlier run's output",
+        "were made, manifest takes the pictures of an earlier run's output, img2dataset a folder that it wrote",
     )
     columns: dict[RowName, str] = Field(default_factory=dict, description="ours: theirs, such as prompt: caption")
     templates: dict[Literal["prompt", "negative_prompt"], str] = Field(
@@ -68,9 +84,22 @@ class Source(Section):
     on_bad_row: Literal["refuse", "fail"] = Field(
         "refuse", description="refuse the whole job, or record a wrong row as failed and make the others"
     )
+    allow_hosts: list[str] = Field(
+        default_factory=list,
+        description="web servers whose images may be fetched: example.com, '*.example.org', or with a port; an address "
+        "that is not public only by itself, as in 127.0.0.1:8000",
+    )
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="passed to fsspec; never recorded"
     )
+
+    @field_validator("allow_hosts")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            if not HOST.fullmatch(entry):
+                raise ValueError(f"{entry!r} names no host; write example.com, '*.example.org' or 127.0.0.1:8000")
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -160,6 +189,8 @@ class Job(Section):
                 raise ValueError(
                     f"stages.{i}: {stage.op} cannot follow {before}; decode takes latents, all else images"
                 )
+            if i and getattr(stage, "image_decoding", "exact") != "exact":
+                raise ValueError(f"stages.{i}.image_decoding: only the first stage decodes files; leave it out")
             if i and getattr(stage, "num_images_per_prompt", 1) != 1:
                 raise ValueError(
                     f"stages.{i}.num_images_per_prompt: only the first stage multiplies rows; leave it out"

@@ -11,13 +11,14 @@ from ldm_ops.describe import ModelFacts
 from pipelines.blocks import GEOMETRY, MAX_MESSAGE_CHARS, pack, with_results
 from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
+from pipelines.job import Source
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
 from pipelines.plans import read_shard
 from pipelines.stages import AnyStage, Background, Buckets, Resized, reads
 from pipelines.storage import Store
 
 
-def image_loader(stage: AnyStage, facts: ModelFacts, storage_options: dict[str, Any]) -> Loader | None:
+def image_loader(stage: AnyStage, facts: ModelFacts, source: Source) -> Loader | None:
     """How images come into `stage`; None where it takes none.
 
     Raises:
@@ -36,7 +37,16 @@ def image_loader(stage: AnyStage, facts: ModelFacts, storage_options: dict[str, 
                 f"resolution {stage.resolution}: no bucket of multiples of {step} has so few pixels within "
                 f"max_aspect_ratio {stage.max_aspect_ratio:g}; use a smaller bucket_multiple"
             )
-    return Loader(takes, resize, multiple, stage.background, storage_options, buckets)
+    return Loader(
+        takes,
+        resize,
+        multiple,
+        stage.background,
+        source.storage_options,
+        buckets,
+        decoding=getattr(stage, "image_decoding", "exact"),
+        allow_hosts=tuple(source.allow_hosts),
+    )
 
 
 FILES_HELD = 2

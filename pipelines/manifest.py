@@ -7,9 +7,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -203,6 +204,21 @@ def read_parts(store: Store, paths: Iterable[str]) -> list[tuple[str, PartHead, 
         return list(pool.map(one, sorted(paths)))
 
 
+def read_tables(store: Store, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Every part of an output as a table, in order, some in memory at a time.
+
+    Raises:
+        NotWhole: a part is cut off.
+        StorageError: no such folder.
+    """
+    if store.local is not None and not store.local.is_dir():
+        raise StorageError(f"{store.url}: no such folder; give the output of a job")
+    names = iter(part_names(store))
+    while block := list(islice(names, READERS)):
+        for _, _, part in read_parts(store, block):
+            yield pq.read_table(io.BytesIO(part), columns=columns).replace_schema_metadata(None)
+
+
 def read_manifest(
     path: str | os.PathLike[str], columns: list[str] | None = None, storage_options: dict[str, object] | None = None
 ) -> pa.Table:
@@ -212,11 +228,7 @@ def read_manifest(
         NotWhole: a part is cut off.
         StorageError: no such folder.
     """
-    store = Store(os.fspath(path), storage_options)
-    if store.local is not None and not store.local.is_dir():
-        raise StorageError(f"{store.url}: no such folder; give the output of a job")
-    parts = read_parts(store, part_names(store))
-    tables = [pq.read_table(io.BytesIO(part), columns=columns).replace_schema_metadata(None) for _, _, part in parts]
+    tables = list(read_tables(Store(os.fspath(path), storage_options), columns))
     if not tables:
         schema = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
         return schema.empty_table()

@@ -84,6 +84,8 @@ class Planned:
     num_rows: int = 0
     num_gone: int = 0
     """Rows of earlier plans that this table does not hold; they stay part of the output."""
+    num_skipped: int = 0
+    """What the source lists and does not hold: images that img2dataset could not download."""
 
     @property
     def num_shards(self) -> int:
@@ -174,7 +176,7 @@ class _Planner:
                 raise JobError(
                     f"stages.{i}.model: {stage.model} is not the model that stages.{i - 1} encodes with; give the same"
                 )
-            image_loader(stage, facts, {})
+            image_loader(stage, facts, job.source)
         self.adapters = [
             identify_adapters(i, stage, facts, job.source.storage_options)
             for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True))
@@ -202,9 +204,10 @@ class _Planner:
         ids: dict[str, str] = {}
         problems: list[str] = []
         tables: list[pa.Table] = []
-        num_source_rows = num_pictures = num_known = num_wrong = 0
+        num_source_rows = num_pictures = num_known = num_wrong = num_skipped = 0
         for chunk in self._limited(read_source(self.job.source)):
             num_source_rows += chunk.num_rows
+            num_skipped += chunk.num_skipped
             fresh: list[PlannedRow] = []
             for row in self.resolver.rows(chunk):
                 num_pictures += 1
@@ -272,6 +275,7 @@ class _Planner:
             adapters=self.adapters,
             num_rows=len(counts),
             num_gone=0 if self.limit else num_held - num_known,
+            num_skipped=num_skipped,
         )
 
     def _refuse_other_row(self, chunk: Chunk, row: PlannedRow, ids: dict[str, str]) -> None:

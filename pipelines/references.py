@@ -6,16 +6,20 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import StorageError
+from pipelines.pieces import Bytes, piece
 from pipelines.storage import Store, is_local
+from pipelines.web import Refused, permitted
 
 SCHEMES = frozenset({"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hdfs", "memory"})
-"""Stores, and no servers that a table's author could make this machine ask."""
+"""Stores. Servers, which a table's author could make this machine ask, only where the job names them."""
 
+WEB = ("http://", "https://")
 READERS = 8
 _NUMBERS = re.compile(r"^(box:)?\s*[-+.\d]+(\s*,\s*[-+.\d]+)+\s*$")
 _BOX = re.compile(r"^\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*$")
@@ -28,8 +32,9 @@ class BadReference(ValueError):
 class References:
     """Looks images up once each. A version is the sha256 of a local file, or what a store's listing tells."""
 
-    def __init__(self, storage_options: dict[str, Any]) -> None:
+    def __init__(self, storage_options: dict[str, Any], allow_hosts: Sequence[str] = ()) -> None:
         self.storage_options = storage_options
+        self.allow_hosts = allow_hosts
         self.found: dict[str, str | BadReference] = {}
         self.stores: dict[str, Store] = {}
 
@@ -38,12 +43,26 @@ class References:
         places = set()
         for value in values:
             try:
-                places.add(locate(base, value))
+                places.add(self.locate(base, value))
             except BadReference:
                 continue
         new = sorted(places - self.found.keys())
         with ThreadPoolExecutor(READERS) as pool:
             self.found |= zip(new, pool.map(self._look, new), strict=True)
+
+    def locate(self, base: str, value: Any) -> str:
+        """The absolute path or URL that a table's value means, relative to the table itself.
+
+        Raises:
+            BadReference: it is no path, or a URL of something that is not fetched.
+        """
+        where = _absolute(base, value)
+        if not where.startswith(WEB):
+            return where
+        try:
+            return permitted(where, self.allow_hosts)
+        except Refused as error:
+            raise BadReference(str(error)) from None
 
     def version(self, where: str) -> str:
         """Of what lies at `where`.
@@ -60,6 +79,12 @@ class References:
         return found
 
     def _look(self, where: str) -> str | BadReference:
+        if where.startswith(WEB):
+            # A server is asked once, when the image is fetched.
+            return where
+        part = piece(where)
+        if part is not None and isinstance(part, Bytes):
+            return self._range(where, part)
         if is_local(where):
             path = where.removeprefix("file://")
             try:
@@ -70,18 +95,40 @@ class References:
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 return BadReference(f"is not there; looked for {path} ({reason})")
-        root, name = split(where)
-        store = self.stores.setdefault(root, Store(root, self.storage_options))
-        mark = store.version(name)
+        mark = self._mark(where)
         return BadReference("is not there") if mark is None else f"{where} {mark}"
+
+    def _range(self, where: str, part: Bytes) -> str | BadReference:
+        if not is_local(part.file):
+            mark = self._mark(part.file)
+            return BadReference("is not there") if mark is None else part.version(f"{part.file} {mark}")
+        root, name = split(part.file)
+        try:
+            data = Store(root).read(name, part.start, part.end)
+        except StorageError as error:
+            return BadReference(f"cannot be read ({error})")
+        return BadReference("is not there") if data is None else hashlib.sha256(data).hexdigest()
+
+    def _mark(self, where: str) -> str | None:
+        root, name = split(where)
+        return self.stores.setdefault(root, Store(root, self.storage_options)).version(name)
 
 
 def locate(base: str, value: Any) -> str:
-    """The absolute path or URL that a table's value means, relative to the table itself.
+    """As `References.locate`, of what no web server may bring.
 
     Raises:
         BadReference: it is no path, or a URL of something that is not fetched.
     """
+    where = _absolute(base, value)
+    if where.startswith(WEB):
+        raise BadReference(
+            f"is behind {where.partition(':')[0]}, which is not fetched; copy it to a folder or a bucket"
+        )
+    return where
+
+
+def _absolute(base: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadReference(f"is a {type(value).__name__}; expected a path or URL")
     try:
@@ -91,7 +138,7 @@ def locate(base: str, value: Any) -> str:
     scheme, colon, _ = value.partition("://")
     if "\n" in value or "\0" in value:
         raise BadReference("holds a line break or NUL; rename the file")
-    if colon and scheme.lower() not in SCHEMES:
+    if colon and scheme.lower() not in SCHEMES and f"{scheme.lower()}://" not in WEB:
         raise BadReference(f"is behind {scheme}, which is not fetched; copy the images to a folder or a bucket")
     if colon:
         value = f"{scheme.lower()}://{value.partition('://')[2]}"

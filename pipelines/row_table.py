@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipelines import manifest
 from pipelines.blocks import RESULT_FIELDS
 from pipelines.chunk import Chunk
+from pipelines.pieces import GROUP
 from pipelines.rows import PlannedRow
 from pipelines.stages import ROW_PARAMETERS
 
@@ -97,11 +98,15 @@ def in_order(table: pa.Table) -> pa.Table:
         ("scheduler", "ascending"),
         ("strength", "descending"),
         ("negative", "ascending"),
-        # Latents that lie in one file are read together.
+        # Latents that lie in one file are read together, and so are images.
         ("latents", "ascending"),
+        ("file", "ascending"),
         ("key", "ascending"),
     ]
-    indices = pc.sort_indices(table.append_column("negative", has_negative(table)), sort_keys=[*order, *rest])
+    file = pc.replace_substring_regex(table["image"], GROUP, r"\1\2")
+    own = table.select([field.name for field in OWN_FIELDS])
+    sorted_by = own.append_column("negative", has_negative(table)).append_column("file", file)
+    indices = pc.sort_indices(sorted_by, sort_keys=[*order, *rest])
     return table.combine_chunks().take(indices)
 
 

@@ -36,7 +36,7 @@ from pipelines.cells import (
 from pipelines.chunk import Chunk
 from pipelines.errors import JobError
 from pipelines.job import Job, digest
-from pipelines.references import BadReference, References, box, locate
+from pipelines.references import BadReference, References, box
 from pipelines.stages import ROW_PARAMETERS, AnyStage, output_settings, row_parameters
 from pipelines.weights import Weights
 
@@ -80,7 +80,7 @@ class Resolver:
         self.job = job
         self.by_caption = stage.op == "embed"
         self.takes = row_parameters(stage)
-        self.references = References(source.storage_options)
+        self.references = References(source.storage_options, source.allow_hosts)
         self.adapters = adapters[0]
         self.loras = LoraReader(self.adapters, Path(facts.folder))
         self.readers: dict[str, Callable[[Any], Any]] = {
@@ -201,6 +201,14 @@ class Resolver:
                         f"{chunk.uri}: no column {name!r}; the table has {there}; name it with source.columns: "
                         f"{{{name}: …}}{other}"
                     )
+        for name in ("image", "mask_image", "control_image"):
+            typed = chunk.has_header and name in self.takes
+            cell = next((c for c in chunk.columns.get(self.column(name), ()) if c is not None), "") if typed else ""
+            if not isinstance(cell, str) and not (name == "mask_image" and isinstance(cell, list)):
+                raise JobError(
+                    f"{chunk.uri}: column {self.column(name)!r} holds {type(cell).__name__} like {str(cell)[:40]!r}; "
+                    "an image is a path, a URL, or in Parquet its bytes"
+                )
         if hasattr(self.job.stage, "controlnet") and "control_image" not in self.takes:
             theirs = self.column("control_image")
             if theirs in chunk.columns:
@@ -231,17 +239,24 @@ class Resolver:
 
     def rows(self, chunk: Chunk) -> Iterator[PlannedRow]:
         """Every picture that the rows of `chunk` ask for; a wrong row comes once, with its problem."""
+        if chunk.num_rows == 0:
+            return
         self.check_columns(chunk)
         raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *self.takes)}
         if self.by_caption:
             raw["id"] = None
         for name in ("image", "mask_image", "control_image"):
-            if raw.get(name) is not None and not self._is_listed(chunk, name):
-                self.references.prepare(chunk.base, raw[name] or ())
+            if (said := raw.get(name)) is not None:
+                known = chunk.versions.get(self.column(name)) or [None] * len(said)
+                self.references.prepare(
+                    chunk.base, (one for one, mark in zip(said, known, strict=False) if mark is None)
+                )
         passing = self.passing(chunk)
         for i in range(chunk.num_rows):
             cells = _cells_text(passing, i)
             try:
+                if i in chunk.problems:
+                    raise Wrong(chunk.problems[i])
                 row_id = None if raw["id"] is None or is_missing(raw["id"][i]) else read_id(raw["id"][i])
                 values = [self._value(name, raw[name], i) if name in self.takes else None for name in ROW_PARAMETERS]
                 for field, template in self.templates.items():
@@ -271,17 +286,17 @@ class Resolver:
             if said is None:
                 raise Wrong(f"{name} is empty")
             if name == "latents":
-                if chunk.versions is None or not isinstance(said, str):
+                if name not in chunk.versions or not isinstance(said, str):
                     raise Wrong("latents come from the output of an encode job; set source.format: manifest")
                 values[_AT[name]] = f"{chunk.base}/{said}"
-                versions.append(chunk.versions[i])
+                versions.append(str(chunk.versions[name][i]))
                 continue
             try:
                 where = box(said) if name == "mask_image" else None
                 if where is None:
-                    where = locate(chunk.base, said)
-                    known = self._is_listed(chunk, name) and chunk.versions
-                    versions.append(chunk.versions[i] if known and chunk.versions else self.references.version(where))
+                    where = self.references.locate(chunk.base, said)
+                    known = chunk.versions.get(self.column(name))
+                    versions.append((known and known[i]) or self.references.version(where))
                 else:
                     versions.append(where)
             except BadReference as error:
@@ -291,10 +306,6 @@ class Resolver:
         if values[_AT["lora"]] is not None:
             values[_AT["lora"]] = self.loras.read(chunk.base, values[_AT["lora"]])
         return versions
-
-    def _is_listed(self, chunk: Chunk, name: str) -> bool:
-        """Whether the source is a listing that tells versions of what `name` points at."""
-        return chunk.versions is not None and self.column(name) == "image"
 
     def _wrong(self, chunk: Chunk, raw: dict[str, list[Any] | None], i: int, problem: str) -> PlannedRow:
         cells = _cells_text(list(chunk.columns.items()), i)

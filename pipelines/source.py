@@ -16,7 +16,9 @@ import fsspec
 from pipelines.chunk import CHUNK_ROWS, Chunk
 from pipelines.errors import JobError, LdmError
 from pipelines.image_source import holds_images, list_images, read_earlier, read_parameters
-from pipelines.job import Source
+from pipelines.job import RowName, Source
+from pipelines.parquet_images import read_parquet
+from pipelines.samples import read_img2dataset, read_tar
 from pipelines.storage import Store, expand, is_local
 
 FORMATS = {
@@ -27,7 +29,9 @@ FORMATS = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".txt": "text",
+    ".tar": "webdataset",
 }
+IMAGES: tuple[RowName, ...] = ("image", "mask_image", "control_image")
 MAX_PER_REQUEST = 1000
 MAX_FIELD_CHARS = 1 << 20
 
@@ -47,6 +51,10 @@ def read_source(source: Source) -> Iterator[Chunk]:
     paths = [source.path] if isinstance(source.path, str) else source.path or []
     if not paths:
         raise JobError("source.path is an empty list; name at least one file")
+    if source.format == "img2dataset":
+        for path in paths:
+            yield from read_img2dataset(path, source.storage_options)
+        return
     images = source.format == "auto" and all(holds_images(path) for path in paths)
     if source.format in ("images", "parameters", "manifest") or images:
         read = {"parameters": read_parameters, "manifest": read_earlier}.get(source.format, list_images)
@@ -92,7 +100,12 @@ def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
     options = {} if is_local(uri) else Store(uri, source.storage_options).filesystem.storage_options
     try:
         if kind == "parquet":
-            yield from _parquet(uri, options)
+            images = {source.columns.get(name, name) for name in IMAGES}
+            with fsspec.open(uri, "rb", **options) as file:
+                yield from read_parquet(uri, file, images)
+            return
+        if kind == "webdataset":
+            yield from read_tar(uri, source.storage_options)
             return
         with fsspec.open(uri, "rb", compression="infer", **options) as raw:
             yield from _text_formats(uri, str(kind), raw)
@@ -181,25 +194,6 @@ def _batch_request(value: dict[str, Any], where: str) -> Iterator[dict[str, Any]
         return
     for i in range(count):
         yield {**row, "id": f"{row['id']}#{i}"}
-
-
-def _parquet(uri: str, options: dict[str, Any]) -> Iterator[Chunk]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with fsspec.open(uri, "rb", **options) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise JobError(f"{uri}: not a Parquet file ({str(error).splitlines()[0]})") from None
-        names = parquet.schema_arrow.names
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise JobError(f"{uri}: column {twice[0]!r} stands twice in the table; rename one")
-        first = 1
-        for batch in parquet.iter_batches(batch_size=CHUNK_ROWS):
-            yield Chunk(uri, first, batch.num_rows, batch.to_pydict())
-            first += batch.num_rows
 
 
 def _chunks(uri: str, rows: Iterable[dict[str, Any]]) -> Iterator[Chunk]:

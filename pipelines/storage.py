@@ -8,21 +8,24 @@ atomic, and need not be (see `commit`).
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
 import stamina
+from fsspec.utils import glob_translate
 
 from pipelines.errors import StorageError
 
 T = TypeVar("T")
+_MAGIC_AT_END = re.compile(r"[^*?\[]+/[^/]+")
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
@@ -70,18 +73,34 @@ class Store:
     def uri(self, path: str) -> str:
         return f"{self.url}/{path}"
 
-    def read(self, path: str) -> bytes | None:
-        """The whole object, or None where there is none."""
+    def read(self, path: str, start: int = 0, end: int | None = None) -> bytes | None:
+        """The object's bytes from `start` to before `end`, as far as it has them, or None where there is none."""
 
         def get() -> bytes | None:
             try:
                 if (root := self.local) is not None:
-                    return (root / path).read_bytes()
-                return bytes(self.filesystem.cat_file(self.uri(path)))
+                    with (root / path).open("rb") as file:
+                        file.seek(start)
+                        return file.read(-1 if end is None else end - start)
+                if end is not None and end <= start:
+                    return b""
+                return bytes(self.filesystem.cat_file(self.uri(path), start=start or None, end=end))
             except FileNotFoundError:
                 return None
 
         return self._patiently(get)
+
+    def read_with(self, path: str, reader: Callable[[Any], T]) -> T | None:
+        """What `reader` makes of the open object, of which it may take any bytes; None where there is none."""
+
+        def read() -> T | None:
+            try:
+                with self.filesystem.open(self.uri(path), "rb") as file:
+                    return reader(file)
+            except FileNotFoundError:
+                return None
+
+        return self._patiently(read)
 
     def version(self, path: str) -> str | None:
         """A mark of what lies there now, its size with the ETag or the time of change; None where nothing does."""
@@ -340,15 +359,50 @@ def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator
             raise StorageError(f"{url}: no such folder; check the path")
         return root.rstrip("/") or "/", _walk(root, "")
     store = Store(url, storage_options)
+    fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), url.split("/"))) if pattern else url
+    root = fixed.rstrip("/")
+    paged = url.startswith("s3://") and (not pattern or _MAGIC_AT_END.fullmatch(url) is not None)
+    if paged and (page := next(pages := _pages(store, root, url if pattern else None), None)) is not None:
+        return root, chain(page, chain.from_iterable(pages))
     found = _find(store, url, pattern)
     if not found:
         raise StorageError(f"{url}: nothing there; check the bucket and the prefix")
-    fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), url.split("/"))) if pattern else url
-    root = fixed.rstrip("/")
     if not pattern and list(found) == [root.partition("://")[2]]:
         root = root.rpartition("/")[0]
     stem = len(root.partition("://")[2]) + 1
     return root, ((name[stem:], _remote_version(found[name])) for name in sorted(found))
+
+
+def _pages(store: Store, root: str, pattern: str | None) -> Iterator[list[tuple[str, str]]]:
+    """What S3 lists below `root`, a page at a time; of a pattern in the last part of `pattern`, what fits."""
+    bucket, _, folder = root.partition("://")[2].partition("/")
+    prefix = f"{folder}/" if folder else ""
+    fits = None
+    if pattern:
+        try:
+            fits = re.compile(glob_translate(pattern.rpartition("/")[2])).match
+        except ValueError as error:
+            raise StorageError(f"{pattern}: {error}; check the pattern") from None
+    # Without a pattern, or with **, all that lies below; else what lies in the folder itself.
+    options = {"Delimiter": "/"} if pattern and not pattern.endswith("**") else {}
+    token: dict[str, str] = {}
+    while True:
+        page = store._patiently(
+            lambda: store.filesystem.call_s3(
+                "list_objects_v2",
+                Bucket=bucket,
+                Prefix=prefix,
+                **options,
+                **token,  # noqa: B023 - called at once
+            )
+        )
+        here = [(o["Key"][len(prefix) :], _remote_version({**o, "size": o["Size"]})) for o in page.get("Contents", ())]
+        files = [(name, mark) for name, mark in here if name and not name.endswith("/") and (not fits or fits(name))]
+        if files:
+            yield files
+        if not page.get("IsTruncated"):
+            return
+        token = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def _find(store: Store, url: str, pattern: bool) -> dict[str, dict[str, Any]]:

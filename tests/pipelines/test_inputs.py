@@ -279,7 +279,7 @@ def test_a_mask_that_does_not_fit_is_a_reason(tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "m.png")
     other = mask_of(tmp_path, str(tmp_path / "m.png"))
     assert isinstance(other, BadImage)
-    assert (other.kind, "the mask is 8 × 8, its image 40 × 24" in str(other)) == ("mask.size", True)
+    assert (other.kind, "the mask: it is 8 × 8, its image 40 × 24" in str(other)) == ("mask.size", True)
     far = mask_of(tmp_path, "box:0,0,41,8")
     assert isinstance(far, BadImage)
     assert far.kind == "mask.size"
@@ -300,6 +300,41 @@ def test_an_image_comes_from_object_storage(s3_options: dict[str, Any]) -> None:
     assert np.array_equal(fine.image, np.asarray(halves()))
     assert isinstance(missing, BadImage)
     assert missing.kind == "image.missing"
+
+
+def photo(size: tuple[int, int]) -> Image.Image:
+    """Something smooth with edges, as photographs are."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    waves = [np.sin(x / 37) * 60 + 128, np.cos(y / 53) * 60 + 128, ((x // 200 + y // 150) % 2) * 90 + 60]
+    return Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_draft_is_nearly_the_exact_image_and_tells_the_same_geometry(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encoded(photo((1200, 800)), "JPEG", quality=95, exif=exif)
+    exact, draft = (load(tmp_path, data, height=96, width=160, decoding=d) for d in ("exact", "draft"))
+    difference = np.abs(exact.image.astype(int) - draft.image.astype(int))
+    assert 0 < difference.mean() < 2
+    for name in ("original_height", "original_width", "crop_top", "crop_left"):
+        assert getattr(exact, name) == getattr(draft, name)
+    assert (draft.original_height, draft.original_width) == ((800, 1200) if orientation == 1 else (1200, 800))
+
+
+def test_a_draft_changes_nothing_where_there_is_little_to_scale_or_no_jpeg(tmp_path: Path) -> None:
+    for data, height in ((encoded(photo((240, 160)), "JPEG"), 96), (encoded(photo((800, 600))), 64)):
+        exact, draft = (load(tmp_path, data, height=height, decoding=d) for d in ("exact", "draft"))
+        assert np.array_equal(exact.image, draft.image)
+
+
+def test_a_draft_keeps_its_mask_in_place(tmp_path: Path) -> None:
+    (tmp_path / "i.jpg").write_bytes(encoded(photo((1200, 800)), "JPEG"))
+    row = {"image": str(tmp_path / "i.jpg"), "mask_image": "box:600,0,1200,800", "height": 96, "width": 144}
+    takes = frozenset({"image", "mask_image"})
+    (made,) = loader(takes=takes, decoding="draft")([{**row, "image_version": None}])
+    assert (made.mask_image[:, :72] == 0).all()
+    assert (made.mask_image[:, 72:] == 255).all()
 
 
 def test_a_loader_travels_between_processes(tmp_path: Path) -> None:

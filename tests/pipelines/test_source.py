@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import manifest
 from pipelines.errors import JobError, StorageError
 from pipelines.job import Source
 from pipelines.source import read_source
@@ -107,7 +108,7 @@ def test_a_broken_table_is_one_line(tmp_path: Path, name: str, content: bytes, m
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("none.csv", "no such file"), ("*.csv", "no file matches"), (".", "no image there")],
+    [("none.csv", "no such file"), ("*.csv", "no file matches"), (".", "no image there .* name its tars")],
 )
 def test_a_path_without_a_table_says_so(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(JobError, match=message):
@@ -147,6 +148,38 @@ def test_a_folder_may_have_brackets_links_and_dead_links(tmp_path: Path) -> None
     ]
     twice = rows(path=[str(folder / "below"), str(tmp_path / "other")])
     assert len({row["id"] for row in twice}) == 2
+
+
+def test_an_earlier_run_is_read_part_by_part_as_if_it_were_one_table(tmp_path: Path) -> None:
+    def part(shard: int, tags: list[Any], **more: Any) -> None:
+        found = [
+            {"key": f"k{shard}{i}", "id": f"r{shard}{i}", "shard": shard, "status": "failed" if tag is None else "ok"}
+            | {"uri": f"images/{shard}{i}.png", "sha256": f"{shard}{i}", "prompt": f"p{i}"}
+            for i, tag in enumerate(tags)
+        ]
+        own = {field.name: pa.array([row.get(field.name) for row in found], field.type) for field in manifest.SCHEMA}
+        table = pa.table({**own, "tag": tags, **more})
+        keys = [row["key"] for row in found]
+        head = manifest.PartHead("ab", shard, "x", len(found), 0, 0, 0, manifest.keys_digest(keys))
+        path = tmp_path / manifest.part_path("ab", shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(manifest.part_bytes(table, head))
+
+    part(0, [1, None, 2])
+    part(1, ["x", "y"], note=["n", "m"])
+    part(2, [None])
+    whole = [row for row in manifest.read_manifest(tmp_path).to_pylist() if row["status"] == "ok"]
+    found = rows(path=str(tmp_path), format="manifest")
+    # A column of numbers in one part and of text in another is text everywhere.
+    assert [(row["id"], row["tag"], row["note"]) for row in found] == [
+        ("r00", "1", None),
+        ("r02", "2", None),
+        ("r10", "x", "n"),
+        ("r11", "y", "m"),
+    ]
+    for mine, theirs in zip(found, whole, strict=True):
+        assert (mine["image"], mine["prompt"]) == (theirs["uri"], theirs["prompt"])
+        assert (mine["tag"], mine["note"]) == (theirs["tag"], theirs["note"])
 
 
 def test_a_wrong_storage_option_is_told_at_once(tmp_path: Path) -> None:

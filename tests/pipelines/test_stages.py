@@ -104,6 +104,18 @@ def test_a_changed_image_is_a_new_row_and_an_unchanged_one_is_not(tiny_model: Pa
     assert plan(listed, extend=True).num_known == 1
 
 
+def test_how_a_jpeg_is_decoded_is_part_of_its_rows_key(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    keys = []
+    for decoding in ("exact", "draft"):
+        stage = img2img(tiny_model, image_decoding=decoding)
+        planned = check(job(tmp_path / "out", {"path": f"{photos}/below"}, stage))
+        assert planned.table is not None
+        keys.append(set(planned.table["key"].to_pylist()))
+    assert not keys[0] & keys[1]
+    with pytest.raises(JobError, match=r"stages.1.image_decoding: only the first stage decodes files; leave it out"):
+        job(tmp_path, {"rows": ["x"]}, {"op": "txt2img", "model": str(tiny_model)}, stage)
+
+
 def test_the_same_images_elsewhere_are_the_same_rows(tiny_model: Path, tmp_path: Path) -> None:
     keys = []
     for place in ("here", "there"):
@@ -239,8 +251,12 @@ def test_pools_of_a_chain_that_do_not_fit_are_refused_with_the_numbers(tiny_mode
         ({"rows": [{"image": "x.png"}]}, {"prompt": None}, "no column 'prompt'; .* or give stages.0.prompt"),
         ({"rows": [{"image": "none.png"}]}, {}, r"row 1: image 'none.png' is not there; looked for /"),
         ({"rows": [{"image": "."}]}, {}, "row 1: image '.' is no file"),
-        ({"rows": [{"image": "https://x/y.png"}]}, {}, "is behind https, which is not fetched; copy the images"),
-        ({"rows": [{"image": "HTTP://127.0.0.1/y.png"}]}, {}, "is behind HTTP, which is not fetched"),
+        (
+            {"rows": [{"image": "https://x/y.png"}]},
+            {},
+            "asked only where the job names it: source.allow_hosts: .*; or copy",
+        ),
+        ({"rows": [{"image": "HTTP://127.0.0.1/y.png"}]}, {}, "asked only where the job names it"),
         ({"rows": [{"image": "webhdfs://x/y.png"}]}, {}, "is behind webhdfs, which is not fetched"),
         ({"rows": [{"image": "s3:///x.png"}]}, {}, "names no object; bucket and key are needed"),
         ({"rows": [{"image": "a\nb.png"}]}, {}, "holds a line break or NUL; rename the file"),
@@ -387,5 +403,8 @@ def test_an_earlier_runs_pictures_are_a_source_its_failures_are_not(
     for row in large:
         assert row["image"] == str(tmp_path / "first" / first[row["id"]]["uri"])
         assert (row["width"], row["prompt"]) == (256, first[row["id"]]["prompt"])
-    with pytest.raises(JobError, match="no picture of an earlier run there"):
-        check(job(tmp_path / "x", {**source, "path": str(tmp_path / "y")}, {"op": "upscale", "model": str(upscaler)}))
+    (tmp_path / "empty").mkdir()
+    for path, message in (("empty", "no picture of an earlier run there"), ("nowhere", "no such folder; give the out")):
+        wrong = {**source, "path": str(tmp_path / path)}
+        with pytest.raises(LdmError, match=message):
+            check(job(tmp_path / "x", wrong, {"op": "upscale", "model": str(upscaler)}))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import fsspec
 import pytest
 
 from pipelines.errors import StorageError
-from pipelines.storage import Exists, Store
+from pipelines.storage import Exists, Store, list_files
 from tests.conftest import free_port, start_moto
 from tests.faults.proxy import Faults, Rule
 
@@ -95,6 +98,85 @@ def test_hiccups_of_a_store_are_retried(s3_endpoint: str) -> None:
     assert store.read("a") == b"x"
     assert [rule.fired for rule in rules] == [2, 1, 1]
     faults.close()
+
+
+class ManyObjects:
+    """An S3 server that lists so many objects and holds none; `pages` are the requests for them."""
+
+    def __init__(self, num_objects: int) -> None:
+        self.pages = 0
+        many = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked = parse_qs(urlsplit(self.path).query)
+                first = int(asked.get("continuation-token", ["0"])[0])
+                many.pages += 1
+                last = min(first + 1000, num_objects)
+                listed = "".join(
+                    f"<Contents><Key>in/{i:08d}.png</Key><Size>{i}</Size><ETag>&quot;{i:x}&quot;</ETag>"
+                    "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+                    for i in range(first, last)
+                )
+                more = "true" if last < num_objects else "false"
+                token = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < num_objects else ""
+                body = f"<ListBucketResult><IsTruncated>{more}</IsTruncated>{token}{listed}</ListBucketResult>".encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Type", "application/xml")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def test_a_bucket_is_listed_page_by_page_and_memory_does_not_grow_with_it() -> None:
+    many = ManyObjects(20_000)
+    root, listing = list_files("s3://bkt/in/", {"endpoint_url": many.url})
+    assert (root, next(listing)) == ("s3://bkt/in", ("00000000.png", '0 "0"'))
+    assert many.pages <= 2
+    for _ in range(2000):
+        next(listing)
+    tracemalloc.start()
+    last = ("", "")
+    num_files = 2001
+    for found in listing:
+        assert found > last
+        last, num_files = found, num_files + 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (num_files, many.pages, last[0]) == (20_000, 20, "00019999.png")
+    assert peak < 8 << 20
+    many.server.shutdown()
+    many.server.server_close()
+
+
+def test_a_listing_of_s3_says_the_same_as_one_of_a_disk(tmp_path: Path, s3_options: dict[str, Any]) -> None:
+    names = ["b.png", "a.png", "below/c.png", "below/d/e.png", "x.txt", "é.png", "a b.png", "b.jpg"]
+    filesystem = fsspec.filesystem("s3", **s3_options)
+    url = f"s3://bkt/{tmp_path.name}"
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+        filesystem.pipe_file(f"{url}/in/{name}", b"x")
+    filesystem.pipe_file(f"{url}/in/marker/", b"")
+    filesystem.pipe_file(f"{url}/in-other/y.png", b"x")
+    for pattern in ("in", "in/", "in/*.png", "in/[ab].*", "in/**", "in/*/c.png", "in/b.png"):
+        there = list_files(f"{url}/{pattern}", s3_options)
+        here = list_files(f"{tmp_path}/{pattern}", {})
+        # A disk's ** names folders too.
+        files = sorted(n for n, _ in here[1] if not Path(here[0], n).is_dir())
+        assert sorted(n for n, _ in there[1]) == files
+        assert there[0].removeprefix(url) == here[0].removeprefix(str(tmp_path))
+    with pytest.raises(StorageError, match="nothing there"):
+        list_files(f"{url}/nowhere", s3_options)
+    with pytest.raises(StorageError, match="nothing there"):
+        list_files(f"{url}/in/*.gif", s3_options)
 
 
 def test_a_disk_that_may_not_be_written_says_so(tmp_path: Path) -> None:
