@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from pipelines import manifest, shard_file
 from pipelines.errors import JobError, NotWhole
-from pipelines.images import EXTENSIONS
 from pipelines.inputs import BadImage
 from pipelines.job import Job
 from pipelines.latents_file import NotLatents, as_array, read_latents
@@ -180,11 +179,10 @@ def _pieces(row: dict[str, Any]) -> Iterator[Piece]:
         said = (row["sha256"], row["num_bytes"])
         if row["format"] == "latents":
             yield Piece(file, str(row["latents_row"]), *said, kind="latents")
-        elif row["format"] in EXTENSIONS:
-            yield Piece(file, member if mark else None, *said)
+        elif row["format"] == "embeddings":
+            yield Piece(file, str(row["embeddings_row"]), *said, kind="embeddings")
         else:
-            # Of a file of another kind, its name tells whether it is what was written.
-            yield Piece(file, None, None, None)
+            yield Piece(file, member if mark else None, *said)
     for other in [*(row["stages"] or ()), *(row["intermediates"] or ())]:
         if other["uri"] is not None:
             yield Piece(other["uri"], None, other["sha256"], other["num_bytes"])
@@ -238,6 +236,13 @@ def _members(data: bytes, pieces: list[Piece]) -> dict[str, bytes]:
         return {}
     if pieces[0].kind == "picture":
         return shard_file.read(data, names)
+    if pieces[0].kind == "embeddings":
+        try:
+            table = pq.read_table(pa.BufferReader(data), columns=["prompt_embeds", "pooled_prompt_embeds"])
+        except pa.ArrowException as error:
+            raise ValueError(str(error)) from None
+        both = dict(enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)))
+        return {name: both[int(name)][0] + (both[int(name)][1] or b"") for name in names if int(name) in both}
     try:
         head, table = read_latents(data)
     except NotLatents as error:
@@ -288,7 +293,8 @@ def _decode(
             wanted = plan.settings[f"stages.{len(job.stages) - 1}.model_revision"]
             if weights.revision != wanted:
                 raise JobError(f"model {stage.model} is {weights.revision} now, the latents are of {wanted}")
-            models[plan.plan_id] = (op.load(fetch(weights)), image_loader(stage, facts, options))
+            source = job.source.model_copy(update={"storage_options": options})
+            models[plan.plan_id] = (op.load(fetch(weights)), image_loader(stage, facts, source))
         model, loader = models[plan.plan_id]
         where = f"{row['uri']}#{row['latents_row']}"
         data = store.read(row["uri"])
@@ -303,9 +309,9 @@ def _decode(
         # What an earlier stage made was never written down.
         planned = read_shard(store, shard.file, shard.row_group).to_pylist() if len(job.stages) == 1 else []
         for mine in (one for one in planned if one["key"] == row["key"] and loader is not None):
-            source = loader([mine])[0]
-            if not isinstance(source, BadImage):
-                ratios.append(psnr_db(made, source.image[:, ::-1] if row["flipped"] else source.image))
+            seen = loader([mine])[0]
+            if not isinstance(seen, BadImage):
+                ratios.append(psnr_db(made, seen.image[:, ::-1] if row["flipped"] else seen.image))
     if ratios:
         found.num_compared = len(ratios)
         found.psnr_db_mean, found.psnr_db_min = sum(ratios) / len(ratios), min(ratios)

@@ -28,6 +28,7 @@ from pipelines.runner import run
 from pipelines.sink import ShardWriter
 from pipelines.storage import Store
 from pipelines.text_embeddings import TextEmbeddings
+from pipelines.verify import verify
 
 CAPTIONS = ["a red circle", "a blue ring", "a large green star", "a star on a white background", "a pink cross"]
 TABLE = [
@@ -58,7 +59,7 @@ def make(tiny_model: Path) -> Callable[..., Job]:
 
 def write(out: Path, head: Any, results: dict[str, dict[str, Any]], captions: list[str], per_shard: int = 4) -> Path:
     """An output of the project's own sink, without Ray: `results` by key, in order, beside their captions."""
-    writer = ShardWriter(Store(str(out)), "0" * 16, Sink(path=str(out)), "run", "made-up", "0" * 16, head)
+    writer = ShardWriter(Store(str(out)), "0" * 16, Sink(path=str(out)), "embeddings", "run", "made-up", "0" * 16, head)
     schema = pa.schema([*OWN_FIELDS, ("num_duplicates", pa.int32()), ("shard", pa.int32())])
     keys = list(results)
     for shard, first in enumerate(range(0, len(keys), per_shard)):
@@ -127,6 +128,11 @@ def test_every_distinct_caption_is_embedded_once_and_so_is_the_empty_one(
     assert again == {caption: row["sha256"] for caption, row in rows.items()}
     files = [sorted(p.name for p in (tmp_path / out / "data").rglob("*.parquet")) for out in ("one", "two")]
     assert files[0] == files[1]
+    assert verify(str(tmp_path / "one")).faults == []
+    broken = tmp_path / "one" / rows[CAPTIONS[0]]["uri"]
+    table = pq.read_table(broken)
+    pq.write_table(table.take(pa.array(range(len(table)))[::-1]), broken)
+    assert verify(str(tmp_path / "one")).num_faults > 0
 
 
 def test_a_table_that_has_grown_embeds_only_its_new_captions(make: Callable[..., Job], tmp_path: Path) -> None:
@@ -282,7 +288,9 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
 def test_embeddings_of_several_encoders_do_not_mix(tmp_path: Path) -> None:
     made_up(tmp_path, ["a", "b", "c", "d"])
     other = replace(HEAD, encoder_revision="1" * 16)
-    writer = ShardWriter(Store(str(tmp_path)), "1" * 16, Sink(path=str(tmp_path)), "run", "x", "1" * 16, other)
+    writer = ShardWriter(
+        Store(str(tmp_path)), "1" * 16, Sink(path=str(tmp_path)), "embeddings", "run", "x", "1" * 16, other
+    )
     schema = pa.schema([*OWN_FIELDS, ("num_duplicates", pa.int32()), ("shard", pa.int32())])
     rows = pa.Table.from_pylist([{"key": "x", "prompt": "e", "shard": 0}], schema=schema)
     writer(
