@@ -1,9 +1,10 @@
 """What `builtin:shapes-x4` gains over bicubic interpolation, what tiles cost, and the memory of a large picture.
 
-    python benchmarks/upscaling.py [NUM]
+    python benchmarks/upscaling.py [NUM] [SHEET.png]
 
 Held-out drawings, 64 → 256 px, shrunk plainly and worn by blur, noise and JPEG; the same picture by small tiles and
-whole; and the peak memory of a 512 → 2048 px upscale in a process of its own.
+whole; the peak memory of a 512 → 2048 px upscale in a process of its own; and, side by side, the small picture, bicubic
+interpolation, the model and the truth.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import LDMSuperResolutionPipeline
+from PIL import Image
 
 from ldm_ops.builtin import draw as drawing
 from ldm_ops.builtin.draw import all_captions, draw
-from ldm_ops.builtin.training.upscaler import compare
+from ldm_ops.builtin.training.captions import choose, split
+from ldm_ops.builtin.training.degrade import SCALE, shrink, wear
+from ldm_ops.builtin.training.upscaler import compare, to_BCHW
 from ldm_ops.upscale import Upscale
 
 FOLDER = Path(drawing.__file__).parent / "shapes-x4"
@@ -50,6 +54,28 @@ def collage(columns: int, rows: int) -> np.ndarray:
     return np.concatenate([np.concatenate(line, 1) for line in tiles])
 
 
+def sheet(pipe: LDMSuperResolutionPipeline, path: Path) -> None:
+    """Three plain and three worn pictures, a line each: small, bicubic, the model's, the truth."""
+    rng = np.random.default_rng(77)
+    lines = []
+    for worn in (False, True):
+        for caption in choose(split()[1], rng, 3):
+            truth = draw(caption, rng, SCALE)
+            small = Image.fromarray(wear(truth, rng) if worn else shrink(truth))
+            made = pipe(
+                to_BCHW([np.asarray(small)], torch.device("cpu")),
+                num_inference_steps=STEPS,
+                generator=torch.Generator().manual_seed(1),
+                output_type="np",
+            ).images[0]
+            size = (truth.shape[1], truth.shape[0])
+            plain = [
+                np.asarray(small.resize(size, kind)) for kind in (Image.Resampling.NEAREST, Image.Resampling.BICUBIC)
+            ]
+            lines.append(np.concatenate([*plain, np.round(made * 255).astype(np.uint8), truth], 1))
+    Image.fromarray(np.concatenate(lines)).save(path)
+
+
 def seam_error() -> dict[str, float]:
     small = collage(3, 3)
     row = {
@@ -77,6 +103,8 @@ def main() -> None:
     pipe = LDMSuperResolutionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     device = torch.device("cpu")
+    if len(sys.argv) > 2:
+        sheet(pipe, Path(sys.argv[2]))
     result: dict[str, object] = {}
     for name, worn in (("shrunk", False), ("worn", True)):
         found = compare(pipe, device, count, STEPS, worn)

@@ -203,7 +203,10 @@ def test_jxl_without_its_package_is_refused_with_the_extra_that_has_it(
     ("sink", "message"),
     [
         ({"layout": "latents"}, "layout: latents does not fit txt2img; use files, webdataset or parquet, or leave it"),
-        ({"layout": "tar"}, "sink.layout: input should be 'auto', 'files', 'webdataset', 'parquet', 'latents' or 'embeddings'"),
+        (
+            {"layout": "tar"},
+            "sink.layout: input should be 'auto', 'files', 'webdataset', 'parquet', 'latents' or 'embeddings'",
+        ),
         ({"quality": 90}, "quality: png is lossless; leave it out, or use format jpeg or webp"),
         ({"latents_format": "safetensors"}, "sink.latents_format: txt2img makes no latents; leave it out"),
         ({"layout": "parquet", "metadata_jsonl": True}, "sink.metadata_jsonl: parquet holds it all; leave it out"),
