@@ -370,7 +370,7 @@ def test_control_images_come_in_as_images_do(tiny_model: Path, files: dict[str, 
     def load(row: dict[str, Any], **fields: Any) -> Any:
         job = make_job({"controlnet": str(files["controlnet"]), **fields}, source={"rows": ["x"]})
         _, facts = identify(str(tiny_model), None)
-        loader = image_loader(job.stage, facts, {})
+        loader = image_loader(job.stage, facts, job.source)
         assert loader is not None
         nothing = {"image": None, "mask_image": None, "image_version": None, "height": None, "width": None}
         return loader([{**nothing, **row}])[0]

@@ -323,7 +323,7 @@ def test_a_run_that_is_taken_over_says_so(make_job: MakeJob, tmp_path: Path) -> 
 
 def test_columns_that_change_their_type_between_plans_are_read_as_text(make_job: MakeJob, tmp_path: Path) -> None:
     run(make_job(source={"rows": [{"prompt": "a", "tag": 3, "image": "mine"}]}))
-    run(make_job(source={"rows": [{"prompt": "a", "tag": 3}, {"prompt": "b", "tag": "two"}]}))
+    run(make_job(source={"rows": [{"prompt": "a", "tag": 3, "image": "mine"}, {"prompt": "b", "tag": "two"}]}))
     table = pipelines.read_manifest(str(tmp_path / "out"))
     assert sorted(table["tag"].to_pylist()) == ["3", "two"]
     assert "mine" in table["input.image"].to_pylist()

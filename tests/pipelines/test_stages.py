@@ -284,7 +284,7 @@ def test_pools_of_a_chain_that_do_not_fit_are_refused_with_the_numbers(tiny_mode
         (
             {"rows": [{"image": "IMAGE"}]},
             {"op": "upscale"},
-            "is a StableDiffusionPipeline, for decode, encode, .*; upscale takes another kind of model",
+            "is a StableDiffusionPipeline, for decode, embed, encode, .*; upscale takes another kind of model",
         ),
         ({"rows": ["a"], "matrix": {"strength": [0.5]}}, {"op": "txt2img"}, "matrix.strength: txt2img takes no"),
     ],
