@@ -50,7 +50,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - Ray raises plain Exceptions, of a node that starts too slowly
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             at = f"--address {address}: " if address else ""
             raise RunFailed(

@@ -115,10 +115,12 @@ def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True)
     store = Store(path, storage_options)
     # Twice over the parts, since a manifest can be larger than the memory: what tells rows apart stands at their end.
     ids: list[str | None] = []
+    held: set[str] = set()
     schemas: dict[pa.Schema, None] = {}
     for table in read_tables(store):
         schemas[table.schema] = None
         made = _made(table)
+        held.update(made["format"].to_pylist())
         _refuse_unreadable(path, made)
         ids += made["id"].to_pylist()
     if not ids:
@@ -132,8 +134,12 @@ def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True)
     rows = (row for table in read_tables(store) for row in concat([whole, _made(table)]).to_pylist())
     while block := list(islice(rows, CHUNK_ROWS)):
         columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in passed}
-        columns["image"] = [row["uri"] for row in block]
-        columns["latents"] = [None if r["latents_row"] is None else f"{r['uri']}#{r['latents_row']}" for r in block]
+        # A column that no row fills is not there, so that a stage that takes it says so.
+        if held - {"latents", "embeddings"}:
+            columns["image"] = [None if row["format"] in ("latents", "embeddings") else row["uri"] for row in block]
+        if "latents" in held:
+            rows_of = [(row["uri"], row.get("latents_row")) for row in block]
+            columns["latents"] = [None if n is None else f"{uri}#{n}" for uri, n in rows_of]
         columns["id"] = [row["id"] if told_apart else row["key"] for row in block]
         versions: list[str | None] = [row["sha256"] for row in block]
         base = path.removeprefix("file://").rstrip("/")

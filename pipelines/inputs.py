@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from pipelines.parquet_images import read_cells
-from pipelines.pieces import Bytes, Cell, piece
+from pipelines.pieces import MAX_BYTES, Bytes, Cell, piece
 from pipelines.references import WEB, split
 from pipelines.stages import ImageDecoding, Resize
 from pipelines.storage import Store, is_local
@@ -36,7 +36,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 Pixels = NDArray[np.uint8]
 
 ORIENTATION = 0x0112
-MAX_BYTES = 256 << 20
 MAX_PIXELS = 128 << 20
 MAX_SIDE = 16384
 FETCHES = 4
@@ -101,8 +100,8 @@ class Loader:
         main = "image" if "image" in self.takes else "control_image"
         height, width = row["height"], row["width"]
         try:
-            data = self.fetch(row[main], cells)
-            self._refuse_changed(row[main], row["image_version"], data)
+            versions = self._versions(row)
+            data = self._same(row[main], versions.get(main), cells)
             with ExitStack() as stack:
 
                 def opened(size: tuple[int, int]) -> tuple[int, int] | None:
@@ -110,13 +109,17 @@ class Loader:
                     return self._scaled(size, height, width) if self.decoding == "draft" else None
 
                 image, size = decode(data, self.background, opened)
-                mask = self._mask(row["mask_image"], size, cells) if "mask_image" in self.takes else None
+                mask = None
+                if "mask_image" in self.takes:
+                    mask = self._mask(row["mask_image"], versions.get("mask_image"), size, cells)
                 loaded = self._cut(image, size, mask, height, width)
             if main == "control_image":
                 return replace(loaded, image=None, control_image=loaded.image)
             if "control_image" in self.takes and loaded.image is not None:
                 shape = (loaded.image.shape[1], loaded.image.shape[0])
-                return replace(loaded, control_image=self._control(row["control_image"], shape, cells, room))
+                version = versions.get("control_image")
+                control = self._control(row["control_image"], version, shape, cells, room)
+                return replace(loaded, control_image=control)
             return loaded
         except BadImage as error:
             where = str(row[main])
@@ -162,9 +165,20 @@ class Loader:
         scale = max(target[0] / size[0], target[1] / size[1])
         return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
 
+    def _versions(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """What lay at each place when the plan was made; see `Resolver`."""
+        names = [name for name in ("image", "mask_image", "control_image") if name in self.takes]
+        # A plan of an older version knows the first one's alone.
+        return dict(zip(names, (row["image_version"] or "").split("\n"), strict=False))
+
+    def _same(self, where: str, version: str | None, cells: _Cells) -> bytes:
+        data = self.fetch(where, cells)
+        self._refuse_changed(where, version, data)
+        return data
+
     def _refuse_changed(self, where: str, version: str | None, data: bytes) -> None:
         part = piece(where)
-        if version is None:
+        if not version:
             return
         if _SHA256.fullmatch(version):
             changed = version != hashlib.sha256(data).hexdigest()
@@ -233,7 +247,7 @@ class Loader:
             raise BadImage("image.broken", f"{where}: an empty file")
         return data
 
-    def _mask(self, where: str, size: tuple[int, int], cells: _Cells) -> Image.Image:
+    def _mask(self, where: str, version: str | None, size: tuple[int, int], cells: _Cells) -> Image.Image:
         if where.startswith("box:"):
             left, top, right, bottom = (int(n) for n in where.removeprefix("box:").split(","))
             if right > size[0] or bottom > size[1]:
@@ -249,16 +263,16 @@ class Loader:
                 )
 
         try:
-            return decode(self.fetch(where, cells), "#000000", opened)[0].convert("L")
+            return decode(self._same(where, version, cells), "#000000", opened)[0].convert("L")
         except BadImage as error:
             raise BadImage(error.kind.replace("image.", "mask."), f"the mask: {error}") from None
 
-    def _control(self, where: str, size: tuple[int, int], cells: _Cells, room: _Room) -> Pixels:
+    def _control(self, where: str, version: str | None, size: tuple[int, int], cells: _Cells, room: _Room) -> Pixels:
         """A control image as large as the image that it goes with."""
         try:
             with ExitStack() as stack:
                 control, _ = decode(
-                    self.fetch(where, cells),
+                    self._same(where, version, cells),
                     self.background,
                     lambda found: stack.enter_context(room.of(found[0] * found[1])),
                 )

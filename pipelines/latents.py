@@ -403,8 +403,8 @@ def find_buckets(store: Store, storage_options: dict[str, Any] | None) -> list[B
             with _open_file(store, uri) as file:
                 head = read_head(file.schema_arrow.metadata)
                 sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        except NotLatents as error:
-            raise JobError(f"{store.uri(uri)}: {error}") from None
+        except (NotLatents, pa.ArrowInvalid, FileNotFoundError) as error:
+            raise JobError(f"{store.uri(uri)}: {str(error).splitlines()[0]}; encode again") from None
         return uri, head, [Group(uri, i, size) for i, size in enumerate(sizes)]
 
     with ThreadPoolExecutor(READERS) as pool:

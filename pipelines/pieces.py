@@ -15,6 +15,9 @@ _CELL = re.compile(r"(.+)#row_group=(\d{1,9})&row=(\d{1,12})&column=(.+)")
 GROUP = r"^(?:(.*)#bytes=\d+-\d+|(.*#row_group=\d+)&row=\d+&column=.*|.*)$"
 """Its groups hold what pieces have in common that are best read together."""
 
+MAX_BYTES = 256 << 20
+"""Of one image as it is stored."""
+
 
 @dataclass(frozen=True)
 class Bytes:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ MAX_PROBLEMS = 5
 AUTO_SHARDS = 16
 AUTO_MAX_BATCHES = 8
 AUTO_MAX_PIXEL_BYTES = 192 << 20
+
+WRITTEN = ("images", "data", "thumbnails", "intermediates", "manifest", "_ldm")
+"""Folders of an output."""
 
 NOWHERE = Chunk("", 0, 0, {})
 """Where rows come from that no table asks for."""
@@ -140,14 +143,22 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
 def refuse_sink_in_source(job: Job) -> None:
     """Raise JobError where a later run would list its own output as input."""
     paths = [job.source.path] if isinstance(job.source.path, str) else job.source.path or []
-    sink = job.sink.path.removeprefix("file://")
+    sink = job.sink.path.rstrip("/")
     for path in paths:
-        if is_local(path) and is_local(job.sink.path):
-            inside = Path(sink).resolve().is_relative_to(Path(path.removeprefix("file://")).resolve())
-        else:
-            inside = f"{sink.rstrip('/')}/".startswith(f"{path.rstrip('/')}/")
-        if inside:
+        if _lies_in(sink, path):
             raise JobError(f"sink.path {job.sink.path} lies inside source.path {path}; choose another, beside it")
+        fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), path.split("/")))
+        if _lies_in(fixed, sink) and (fixed == sink or any(_lies_in(fixed, f"{sink}/{name}") for name in WRITTEN)):
+            raise JobError(
+                f"source.path {path} is what the job writes, in sink.path {job.sink.path}; choose another sink"
+            )
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    if is_local(path) and is_local(folder):
+        inner, outer = (Path(one.removeprefix("file://")).resolve() for one in (path, folder))
+        return inner.is_relative_to(outer)
+    return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
 class _Planner:
@@ -215,7 +226,7 @@ class _Planner:
                     num_wrong += 1
                     if len(problems) < MAX_PROBLEMS:
                         problems.append(f"{chunk.uri} row {chunk.first_row + row.source_index}: {row.problem}")
-                if row.id is not None:
+                if row.id is not None and row.problem is None:
                     self._refuse_other_row(chunk, row, ids)
                     if row.id in held_ids and row.key not in known and not extend:
                         raise JobError(

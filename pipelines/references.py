@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import StorageError
-from pipelines.pieces import Bytes, piece
+from pipelines.pieces import MAX_BYTES, Bytes, piece
 from pipelines.storage import Store, is_local
 from pipelines.web import Refused, permitted
 
@@ -102,11 +102,15 @@ class References:
         if not is_local(part.file):
             mark = self._mark(part.file)
             return BadReference("is not there") if mark is None else part.version(f"{part.file} {mark}")
+        if not 0 < part.end - part.start <= MAX_BYTES:
+            return BadReference(f"names {part.end - part.start} bytes; 1 to {MAX_BYTES}")
         root, name = split(part.file)
         try:
             data = Store(root).read(name, part.start, part.end)
         except StorageError as error:
             return BadReference(f"cannot be read ({error})")
+        if data is not None and len(data) < part.end - part.start:
+            return BadReference("reaches beyond the end of that file")
         return BadReference("is not there") if data is None else hashlib.sha256(data).hexdigest()
 
     def _mark(self, where: str) -> str | None:

@@ -393,9 +393,8 @@ class Resolver:
                 for name, place in where.items():
                     made[_AT[name]] = place
                 made[_AT["lora"]], made[_AT["lora_scale"]] = lora, scale
-                # Of what the row's size follows.
-                seen = where["image"] or where["control_image"]
-                version = versions[0] if seen is not None else None
+                # In the order of BROUGHT; a change between plan and run is noticed by them.
+                version = "\n".join(versions) or None
                 yield PlannedRow(key, own_id, tuple(made), i, _no_steps(made), version, lora_revision, cells)
 
 

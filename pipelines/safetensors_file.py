@@ -41,6 +41,8 @@ class SafetensorsFile:
             header = json.loads(source.read(num_bytes))
             about = json.loads(header["__metadata__"][key.decode()])
             begin, end = header["latents"]["data_offsets"]
+            if source.size() < 8 + num_bytes + end:
+                raise ValueError("cut off")
             schema = pa.schema(fields)
             self.rows = pa.table({name: about["rows"][name] for name in schema.names}, schema)
             self.row_bytes = (end - begin) // header["latents"]["shape"][0]

@@ -31,7 +31,6 @@ DESCRIPTION = (
     "scheduler",
     "strength",
     "controlnet_conditioning_scale",
-    "lora",
     "lora_scale",
     "lora_revision",
     "width",
@@ -41,7 +40,7 @@ DESCRIPTION = (
 )
 """The columns of the manifest that a picture is described with; those that pass through follow.
 
-Not `model`, which is only how the job spells it: the same row gives the same bytes.
+Not `model` and `lora`, which are only how the job spells them: the same row gives the same bytes.
 """
 
 ROWS_PER_GROUP = 100

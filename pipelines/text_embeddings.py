@@ -129,11 +129,11 @@ class TextEmbeddings:
 
     def _one_head(self) -> EmbeddingsHead:
         def look(uri: str) -> EmbeddingsHead:
-            with open_parquet(self.store, uri) as file:
-                try:
+            try:
+                with open_parquet(self.store, uri) as file:
                     return read_head(file.schema_arrow.metadata)
-                except NotEmbeddings as error:
-                    raise JobError(f"{self.store.uri(uri)}: {error}") from None
+            except (NotEmbeddings, pa.ArrowInvalid, FileNotFoundError) as error:
+                raise JobError(f"{self.store.uri(uri)}: {str(error).splitlines()[0]}; embed again") from None
 
         with ThreadPoolExecutor(READERS) as pool:
             heads = list(pool.map(look, self.uris))

@@ -186,7 +186,7 @@ def _pieces(row: dict[str, Any]) -> Iterator[Piece]:
     for other in [*(row["stages"] or ()), *(row["intermediates"] or ())]:
         if other["uri"] is not None:
             yield Piece(other["uri"], None, other["sha256"], other["num_bytes"])
-    if row["thumbnail"] is not None:
+    if row.get("thumbnail") is not None:
         yield Piece(row["thumbnail"], None, None, None)
 
 

@@ -135,7 +135,9 @@ def make_folder(folder: Path) -> dict[str, str]:
         "empty cell": ("", BOX, "row.invalid"),
         "pipe": ("pipe", BOX, "row.invalid"),
         "circle": ("circle", BOX, "row.invalid"),
-        "beyond the end": ("mask8.png#bytes=0-99999", BOX, "image.broken"),
+        "beyond the end": ("mask8.png#bytes=0-99999", BOX, "row.invalid"),
+        "range too large": ("mask8.png#bytes=0-999999999999", BOX, "row.invalid"),
+        "range backwards": ("mask8.png#bytes=9-1", BOX, "row.invalid"),
     }
     os.mkfifo(folder / "pipe")
     (folder / "circle").symlink_to("circle")

@@ -13,9 +13,12 @@ import yaml
 from PIL import Image
 
 from pipelines.errors import JobError, LdmError
+from pipelines.inputs import BadImage
 from pipelines.job import Job, parse_job
+from pipelines.loading import image_loader
 from pipelines.planner import check, plan
 from pipelines.runner import run
+from pipelines.weights import identify
 from tests import models
 from tests.ldm_ops.rows import picture
 from tests.pipelines import reader
@@ -114,6 +117,33 @@ def test_how_a_jpeg_is_decoded_is_part_of_its_rows_key(tiny_model: Path, photos:
     assert not keys[0] & keys[1]
     with pytest.raises(JobError, match=r"stages.1.image_decoding: only the first stage decodes files; leave it out"):
         job(tmp_path, {"rows": ["x"]}, {"op": "txt2img", "model": str(tiny_model)}, stage)
+
+
+@pytest.mark.parametrize("source", ["out/images", "out/images/*.png", "out/data/*.tar", "out"])
+def test_a_job_does_not_take_what_it_writes(tiny_model: Path, tmp_path: Path, source: str) -> None:
+    picked = job(tmp_path / "out", {"path": str(tmp_path / source)}, img2img(tiny_model))
+    with pytest.raises(JobError, match="choose another"):
+        check(picked)
+
+
+def test_a_mask_that_changed_since_the_plan_is_a_dead_letter(tiny_model: Path, tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    rows = [{"image": f"{tmp_path}/a.png", "mask_image": f"{tmp_path}/mask.png", "prompt": "x"}]
+    stage = {"op": "inpaint", "model": str(tiny_model)}
+    one = job(tmp_path / "out", {"rows": rows}, stage)
+    table = plan(one).table
+    assert table is not None
+    _, facts = identify(str(tiny_model), None)
+    loader = image_loader(one.stage, facts, one.source)
+    assert loader is not None
+    assert not isinstance(loader(table.to_pylist())[0], BadImage)
+    mask.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "mask.png")
+    changed = loader(table.to_pylist())[0]
+    assert isinstance(changed, BadImage)
+    assert changed.kind == "mask.changed"
 
 
 def test_the_same_images_elsewhere_are_the_same_rows(tiny_model: Path, tmp_path: Path) -> None:

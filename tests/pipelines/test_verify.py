@@ -45,6 +45,14 @@ def test_an_output_that_is_whole_is_said_to_be(
     )
 
 
+def test_an_output_of_a_version_without_later_columns_is_read_too(sink_job: Callable[..., Job], tmp_path: Path) -> None:
+    whole(sink_job())
+    for part in (tmp_path / "out" / "manifest").rglob("*.parquet"):
+        table = pq.read_table(part)
+        pq.write_table(table.drop_columns(["thumbnail", "embeddings_row", "lora"]), part)
+    assert verify(str(tmp_path / "out")).faults == []
+
+
 def of(folder: str) -> Callable[[Path], Path]:
     return lambda out: sorted(path for path in (out / folder).rglob("*.*") if path.is_file())[0]
 
