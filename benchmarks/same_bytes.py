@@ -36,8 +36,8 @@ def digest(arguments: list[str]) -> str:
 
 def killed(job: Path, out: Path) -> int:
     """Start a run and kill it after its first shard; the number of shards that it left."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = subprocess.Popen(command(job, out, "stages.0.workers=1"), cwd=ROOT, **quiet)  # type: ignore[call-overload]
+    arguments = command(job, out, "stages.0.workers=1")
+    running = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(out.glob("manifest/*/*.parquet")) and running.poll() is None:
         time.sleep(0.02)
     running.kill()

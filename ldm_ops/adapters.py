@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_ops.adapter_files import vae_folder
-from ldm_ops.op import RowRefused
+from ldm_ops.op import Op, RowRefused
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,11 @@ class LoraSlot:
                 )
                 if not any(name in held for held in pipe.get_list_adapters().values()):
                     problem = "nothing in it is for this model"
-            except Exception as error:  # noqa: BLE001 - diffusers and peft raise what they like on weights that do not fit
+            except Exception as error:
+                if Op.is_out_of_memory(error):
+                    # No fault of the file: the worker halves the batch, and begins with a pipeline that holds none.
+                    pipe.unload_lora_weights()
+                    raise
                 problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if problem is not None:
                 pipe.unload_lora_weights()

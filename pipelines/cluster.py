@@ -53,9 +53,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         except Exception as error:  # noqa: BLE001 - Ray raises plain Exceptions, of a node that starts too slowly
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             at = f"--address {address}: " if address else ""
-            raise RunFailed(
-                f"{at}no Ray cluster could be reached or started ({reason}); try without --address"
-            ) from None
+            way_out = "check that it is there, or try without --address" if address else "run the same command again"
+            raise RunFailed(f"{at}no Ray cluster could be reached or started ({reason}); {way_out}") from None
     quiet_ray_data()
     try:
         yield

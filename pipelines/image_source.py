@@ -29,7 +29,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 def holds_images(path: str) -> bool:
     """Whether a path names a folder, an image or a pattern of images, and no table."""
     # os.path: Path.is_dir raises where it may not look.
-    if path.endswith("/") or (is_local(path) and os.path.isdir(path.removeprefix("file://"))):  # noqa: PTH112 - as said
+    if path.endswith("/") or (is_local(path) and os.path.isdir(path.removeprefix("file://"))):  # noqa: PTH112 - see above
         return True
     suffix = PurePosixPath(path).suffix.lower()
     return suffix in IMAGE_SUFFIXES or (not is_local(path) and not suffix and not any(c in path for c in "*?["))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import pyarrow as pa
@@ -69,7 +69,7 @@ def read_tar(uri: str, storage_options: dict[str, Any]) -> Iterator[Chunk]:
     """
     folder, _, name = uri.rpartition("/")
     if is_local(uri):
-        with open(uri.removeprefix("file://"), "rb") as file:  # noqa: PTH123 - Path.open tells no file:// apart
+        with Path(uri.removeprefix("file://")).open("rb") as file:
             yield from _chunks(uri, _members(uri, name, file, None))
         return
     store = Store(folder, storage_options)
