@@ -16,12 +16,14 @@ import fsspec
 import pytest
 import yaml
 
+from pipelines.cluster import KEEP_IDLE
 from pipelines.job import Job, parse_job
 
 # Before anything imports huggingface_hub: a test that asks a hub is a broken test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(*KEEP_IDLE)
 # One torch thread, as a worker has: with more, the last bits on a CPU can depend on a row's place in its batch, and two
 # test processes would fight over the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
