@@ -43,8 +43,12 @@ STAGE = pa.struct(
 GEOMETRY = ("original_height", "original_width", "crop_top", "crop_left")
 """Of an image that came in: the file's own size, and the corner of what is left of it once scaled."""
 
+KEPT = "kept"
+"""The status, on its way, of a row that stays as its part says while others of its shard are made again."""
+
 RESULT_FIELDS = [
     pa.field("status", pa.string()),
+    pa.field("attempt", pa.int32()),
     pa.field("stage", pa.string()),
     pa.field("error_type", pa.string()),
     pa.field("error_message", pa.string()),
@@ -66,8 +70,8 @@ RESULT_FIELDS = [
 ]
 """What travels beside the planned rows of a shard, from loading through every stage to the sink.
 
-`status` is null until something is wrong, or the last stage is done. `pixels` is the picture so far, as .npy bytes;
-`kept` those of earlier stages that are to be written too.
+`status` is null until something is wrong, or the last stage is done; `attempt` is null for the first one. `pixels` is
+the picture so far, as .npy bytes; `kept` those of earlier stages that are to be written too.
 """
 
 

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.errors import EXIT_INTERRUPTED, LdmError
+from pipelines.errors import EXIT_DEAD_LETTERS, EXIT_INTERRUPTED, LdmError
+from pipelines.wording import group_text, planned_json, planned_text, report_text, summary_text, totals_text
 
 if TYPE_CHECKING:
     from pipelines.job import Job
-    from pipelines.planner import Planned
-    from pipelines.runner import Summary
-    from pipelines.totals import Totals
-    from pipelines.verify import Report
 
 app = typer.Typer(
     name="ldm-batch",
@@ -38,6 +35,10 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first N rows of the table.", metavar="N")]
+Output = Annotated[str, typer.Argument(help="A job file, or the output folder or URL itself.", show_default=False)]
+Address = Annotated[
+    str | None, typer.Option(help="A Ray cluster (auto, host:port); one of this machine's own if left out.")
+]
 Extend = Annotated[bool, typer.Option(help="Add changed rows beside those of an older version of the job.")]
 
 
@@ -120,7 +121,7 @@ def check(job: JobPath, set_: Set = None, limit: Limit = None, as_json: Json = F
         from pipelines.planner import check as check_job
 
         planned = check_job(_load(job, set_), limit)
-        _emit(as_json, _planned_json(planned), lambda: f"{job} is fine\n{_planned_text(planned)}")
+        _emit(as_json, planned_json(planned), lambda: f"{job} is fine\n{planned_text(planned)}")
 
 
 @app.command()
@@ -138,9 +139,9 @@ def plan(job: JobPath, set_: Set = None, limit: Limit = None, extend: Extend = F
         left = sum(len(unfinished(store, one)) for one in planned.plans)
         _emit(
             as_json,
-            _planned_json(planned) | {"num_shards_left": left},
+            planned_json(planned) | {"num_shards_left": left},
             lambda: (
-                f"{_planned_text(planned)}\n{left} of {planned.num_shards} shards are left to do\n"
+                f"{planned_text(planned)}\n{left} of {planned.num_shards} shards are left to do\n"
                 f"next:\n  ldm-batch run {shlex.quote(str(job))}"
             ),
         )
@@ -156,9 +157,7 @@ def run(
     takeover: Annotated[
         bool, typer.Option("--takeover", help="Replace a run that is alive on the same output.")
     ] = False,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster (auto, host:port); one of this machine's own if left out.")
-    ] = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Do what is left of the job. The same command again resumes; when nothing is left it says so."""
@@ -174,13 +173,13 @@ def run(
             progress.done()
         from dataclasses import asdict
 
-        _emit(as_json, asdict(summary), lambda: _summary_text(job, loaded, summary))
+        _emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary))
         raise typer.Exit(summary.exit_code)
 
 
 @app.command()
 def status(
-    output: Annotated[str, typer.Argument(help="A job file, or the output folder or URL itself.", show_default=False)],
+    output: Output,
     as_json: Json = False,
 ) -> None:
     """Say what an output holds, from its files alone; also while a run goes on."""
@@ -192,14 +191,18 @@ def status(
         output, options, _ = _output(output)
         totals, runs = status_of(output, options)
         value = asdict(totals) | {"output": output, "num_runs": len(runs), "runs": runs}
-        _emit(as_json, value, lambda: f"{output}: {_totals_text(totals)}\nruns: {len(runs)}")
+        _emit(as_json, value, lambda: f"{output}: {totals_text(totals)}\nruns: {len(runs)}")
 
 
 @app.command()
 def verify(
-    output: Annotated[str, typer.Argument(help="A job file, or the output folder or URL itself.", show_default=False)],
-    sample: Annotated[int | None, typer.Option(min=1, help="Read the files of N rows only.", metavar="N")] = None,
+    output: Output,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every file, and hash it.")] = False,
+    sample: Annotated[int | None, typer.Option(min=1, help="Read the files of N rows.", metavar="N")] = None,
     decode: Annotated[int, typer.Option(min=0, help="Of latents: decode N rows too.", metavar="N")] = 0,
+    regenerate: Annotated[
+        int, typer.Option(min=0, help="Make N rows again, and compare their bytes.", metavar="N")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Which rows those are.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -210,15 +213,89 @@ def verify(
         from pipelines.verify import verify as verify_output
 
         output, options, source_options = _output(output)
-        report = verify_output(output, options, sample, decode, seed, source_options)
+        report = verify_output(output, options, deep, sample, decode, regenerate, seed, source_options)
         value = {"whole": not report.num_faults, **asdict(report), "exit_code": report.exit_code}
+        del value["damage"]
         if not as_json:
             for fault in report.faults:
                 typer.echo(fault, err=True)
             if report.num_faults > len(report.faults):
                 typer.echo(f"… {report.num_faults} faults in all", err=True)
-        _emit(as_json, value, lambda: _report_text(report))
+        _emit(as_json, value, lambda: report_text(report))
         raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def errors(
+    output: Output,
+    csv: Annotated[Path | None, typer.Option(help="Write all of them as a table.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the rows that failed, by stage and error type."""
+    with one_line_errors(as_json):
+        from dataclasses import asdict
+
+        from pipelines.dead_letters import groups, write_csv
+
+        output, options, _ = _output(output)
+        found = groups(output, options)
+        if csv is not None:
+            write_csv(output, csv, options)
+        _emit(
+            as_json,
+            {"num_failed": sum(group.num_rows for group in found), "groups": [asdict(group) for group in found]},
+            lambda: "\n".join(map(group_text, found)) if found else f"{output}: no row failed",
+        )
+        raise typer.Exit(EXIT_DEAD_LETTERS if found else 0)
+
+
+@app.command()
+def retry(
+    job: JobPath,
+    error_type: Annotated[
+        list[str] | None, typer.Option(help="Only rows that failed so. May be repeated.", metavar="TYPE")
+    ] = None,
+    set_: Set = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Try the failed rows again, under the plan that they were planned by."""
+    with one_line_errors(as_json):
+        from pipelines.dead_letters import Retry
+
+        choose = Retry(error_type or ())
+        _redo(job, set_, address, as_json, choose, lambda: _hopeless(choose.num_hopeless))
+
+
+@app.command()
+def repair(job: JobPath, set_: Set = None, address: Address = None, as_json: Json = False) -> None:
+    """Read everything back as `verify --deep` does, and make again what is missing or damaged."""
+    with one_line_errors(as_json):
+        from pipelines.verify import damage
+
+        _redo(job, set_, address, as_json, lambda store, plans: damage(store), lambda: "")
+
+
+def _redo(
+    job: Path, overrides: list[str] | None, address: str | None, as_json: bool, choose: Any, more: Callable[[], str]
+) -> None:
+    from dataclasses import asdict
+
+    from pipelines.progress import Progress
+    from pipelines.runner import redo
+
+    loaded = _load(job, overrides)
+    progress = Progress()
+    try:
+        summary = redo(loaded, choose, address, progress)
+    finally:
+        progress.done()
+    _emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary) + more())
+    raise typer.Exit(summary.exit_code)
+
+
+def _hopeless(num_rows: int) -> str:
+    return f"\n{num_rows} rows are wrong in the table; mend them there, and run the job again" if num_rows else ""
 
 
 def _output(path: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -233,128 +310,6 @@ def _load(path: Path, overrides: list[str] | None) -> Job:
     from pipelines.job import load_job
 
     return load_job(path, overrides or ())
-
-
-def _planned_json(planned: Planned) -> dict[str, Any]:
-    return {
-        "plan_id": planned.plans[-1].plan_id if planned.plans else None,
-        "num_source_rows": planned.num_source_rows,
-        "num_rows": planned.num_rows,
-        "num_duplicates": planned.num_duplicates,
-        "num_known": planned.num_known,
-        "num_wrong": planned.num_wrong,
-        "num_gone": planned.num_gone,
-        "num_skipped": planned.num_skipped,
-        "num_batches": planned.new.num_batches if planned.new else 0,
-        "num_shards": planned.num_shards,
-        "models": [
-            {"model": weights.name, "model_revision": weights.revision, "pipeline": facts.pipeline}
-            for weights, facts in planned.models
-        ],
-        "adapters": [
-            {"stage": i, "kind": kind, "name": name, "revision": revision}
-            for i, beside in enumerate(planned.adapters)
-            for kind, name, revision in beside.listed()
-        ],
-        "buckets": planned.buckets,
-        "problems": planned.problems,
-    }
-
-
-def _planned_text(planned: Planned) -> str:
-    lines = [
-        *(f"model      {weights.name} @ {weights.revision} ({facts.pipeline})" for weights, facts in planned.models),
-        *(
-            f"           {kind} {name} @ {revision}"
-            for beside in planned.adapters
-            for kind, name, revision in beside.listed()
-        ),
-        f"rows       {planned.num_source_rows}",
-        f"pictures   {planned.num_rows} ({planned.num_duplicates} duplicates made once, "
-        f"{planned.num_known} planned before)",
-    ]
-    if planned.num_gone:
-        lines.append(f"not here   {planned.num_gone} planned before and not in this table; they stay in the output")
-    if planned.num_skipped:
-        lines.append(f"skipped    {planned.num_skipped} that img2dataset could not download")
-    if planned.num_wrong:
-        lines.append(f"wrong      {planned.num_wrong}, such as {planned.problems[0]}")
-    if planned.new:
-        lines.append(
-            f"batches    {planned.new.num_batches} of {planned.new.batch_size}, in {len(planned.new.shards)} shards"
-        )
-        lines.append("           rows  batches  size         steps  guidance  strength  scheduler")
-        lines += [_bucket_text(bucket) for bucket in planned.buckets[:12]]
-        if len(planned.buckets) > 12:
-            lines.append(f"           … and {len(planned.buckets) - 12} other combinations")
-    return "\n".join(lines)
-
-
-def _lora_text(bucket: dict[str, Any]) -> str:
-    if bucket["lora"] is None:
-        return ""
-    names = " + ".join(Path(part).name for part in bucket["lora"].split(" + "))
-    return f"  {names}" + ("" if bucket["lora_scale"] == 1 else f" × {bucket['lora_scale']:g}")
-
-
-def _bucket_text(bucket: dict[str, Any]) -> str:
-    width, height = bucket["width"], bucket["height"]
-    size = f"{width or '?'}×{height or '?'}" if width or height else "as it is"
-    steps, guidance, strength = (
-        "" if bucket[name] is None else f"{bucket[name]:g}"
-        for name in ("num_inference_steps", "guidance_scale", "strength")
-    )
-    return (
-        f"         {bucket['rows']:>6}  {bucket['batches']:>7}  {size:<10} {steps:>6}  {guidance:>8}  {strength:>8}  "
-        f"{bucket['scheduler'] or ''}{_lora_text(bucket)}"
-    ).rstrip()
-
-
-def _totals_text(totals: Totals) -> str:
-    parts = [f"{totals.num_ok} ok", f"{totals.num_failed} failed", f"{totals.num_filtered} filtered"]
-    text = (
-        f"{', '.join(parts)} of {totals.num_planned} planned; {totals.num_shards_done} of {totals.num_shards} shards, "
-        f"{totals.num_bytes / 1e6:.1f} MB"
-    )
-    if totals.failures:
-        text += "\nfailures: " + ", ".join(f"{kind} × {n}" for kind, n in sorted(totals.failures.items()))
-    return text
-
-
-def _report_text(report: Report) -> str:
-    verdict = "not whole" if report.num_faults else "whole"
-    read = f"read {report.num_files_read} files for {report.num_rows_read} rows, {report.num_bytes_read / 1e6:.1f} MB"
-    lines = [f"{report.output}: {verdict}", _totals_text(report.totals), read]
-    found = report.decoded
-    if found is not None:
-        lines.append(f"decoded {found.num_rows} rows, {found.num_compared} of them compared with their images")
-    if found is not None and found.num_compared:
-        lines.append(f"PSNR {found.psnr_db_mean:.1f} dB, the least {found.psnr_db_min:.1f} dB")
-    return "\n".join(lines)
-
-
-def _summary_text(path: Path, job: Job, summary: Summary) -> str:
-    totals, out = summary.totals, summary.output
-    lines = []
-    if summary.num_new_rows:
-        lines.append(f"{summary.num_new_rows} pictures in {summary.duration_s:.1f} s ({summary.rows_per_s:.2f} rows/s)")
-    lines.append(f"{out}: {_totals_text(totals)}")
-    if summary.num_gone:
-        lines.append(f"{summary.num_gone} of them were planned before and are not in this table; they stay")
-    if summary.first_error:
-        lines.append(f"first failure: {summary.first_error}")
-    if summary.exit_code in (0, 3):
-        if not summary.num_new_rows:
-            lines.append("nothing was left to do")
-        show = f"import pipelines; print(pipelines.read_manifest({out!r}))"
-        lines += ["next:", f"  ldm-batch status {shlex.quote(out)}"]
-        if "://" not in out:
-            folder = "images" if job.layout == "files" else "data"
-            lines.append(f"  ls {shlex.quote(f'{out}/{folder}')}")
-        lines.append(f"  python -c {shlex.quote(show)}")
-    else:
-        lines += ["stopped; to do the rest:", f"  ldm-batch run {shlex.quote(str(path))}"]
-    return "\n".join(lines)
 
 
 def main() -> None:

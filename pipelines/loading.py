@@ -6,14 +6,16 @@ import math
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ldm_ops.describe import ModelFacts
-from pipelines.blocks import GEOMETRY, MAX_MESSAGE_CHARS, pack, with_results
+from pipelines import manifest
+from pipelines.blocks import GEOMETRY, KEPT, MAX_MESSAGE_CHARS, RESULT_FIELDS, pack, with_results
 from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.job import Source
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
-from pipelines.plans import read_shard
+from pipelines.plans import Shard, read_shard
 from pipelines.stages import AnyStage, Background, Buckets, Resized, reads
 from pipelines.storage import Store
 
@@ -53,8 +55,31 @@ FILES_HELD = 2
 """Files of latents at a time; the plan sorts rows by where their latents lie."""
 
 
+PLACE = pa.schema(
+    [
+        ("file", pa.string()),
+        ("row_group", pa.int32()),
+        ("part", pa.string()),
+        ("unless_done", pa.bool_()),
+        ("redo", pa.list_(pa.string())),
+    ]
+)
+
+
+def place(shard: Shard, redo: frozenset[str] | None = None, unless_done: bool = False) -> pa.Table:
+    """Where a shard's rows stand in its plan; with `redo`, keys, the others are left as its part says."""
+    values = {
+        "file": shard.file,
+        "row_group": shard.row_group,
+        "part": manifest.part_path(shard.plan_id, shard.index),
+        "unless_done": unless_done,
+        "redo": None if redo is None else sorted(redo),
+    }
+    return pa.Table.from_pylist([values], schema=PLACE)
+
+
 class LoadShard:
-    """Callable on one place in a plan; returns its rows with what they bring along, or none where the part is there."""
+    """Callable on a `place`; returns its rows with what they bring along, none where all is done."""
 
     def __init__(self, store: Store, loader: Loader | None, encoder: str, storage_options: dict[str, Any]) -> None:
         self.store = store
@@ -63,10 +88,28 @@ class LoadShard:
         self.storage_options = storage_options
 
     def __call__(self, place: pa.Table) -> pa.Table:
-        file, row_group, part = (place[name][0].as_py() for name in place.column_names)
-        table = read_shard(self.store, file, row_group)
-        if part and self.store.read(part) is not None:
+        [at] = place.to_pylist()
+        table = read_shard(self.store, at["file"], at["row_group"])
+        if at["unless_done"] and self.store.read(at["part"]) is not None:
             return with_results(table, [])
+        if at["redo"] is None:
+            return self.load(table)
+        part = self.store.read(at["part"])
+        attempts = {} if part is None else manifest.read_attempts(part)
+        again = pc.is_in(table["key"], pa.array(at["redo"], pa.string()))
+        loaded = self.load(table.filter(again))
+        made = iter(loaded.select([field.name for field in RESULT_FIELDS]).to_pylist())
+        return with_results(
+            table,
+            [
+                # No attempt is known of a row whose part cannot be read: it was one, at least.
+                {**next(made), "attempt": attempts.get(key, 1) + 1} if redone else {"status": KEPT}
+                for key, redone in zip(table["key"].to_pylist(), again.to_pylist(), strict=True)
+            ],
+        )
+
+    def load(self, table: pa.Table) -> pa.Table:
+        """Planned rows with what they bring along."""
         rows = table.to_pylist()
         results = [{} if row["problem"] is None else _failed("plan", "row.invalid", row["problem"]) for row in rows]
         fine = [i for i, result in enumerate(results) if not result]

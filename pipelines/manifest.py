@@ -136,14 +136,27 @@ def part_bytes(rows: pa.Table, head: PartHead) -> bytes:
 
 def read_head(part: bytes) -> PartHead | None:
     """The head of a part, None where the bytes are no whole part."""
+    # Never through a Python file: Arrow's threads may ask it for bytes when Python is gone already, and abort at exit.
     try:
-        metadata = pq.read_metadata(io.BytesIO(part)).metadata or {}
+        metadata = pq.read_metadata(pa.BufferReader(part)).metadata or {}
         head = PartHead(**json.loads(metadata[b"ldm_batch"]))
-        table = pq.read_table(io.BytesIO(part), columns=["key"])
+        table = pq.read_table(pa.BufferReader(part), columns=["key"])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
         return None
     whole = table.num_rows == head.num_rows and keys_digest(table["key"].to_pylist()) == head.keys_digest
     return head if whole else None
+
+
+def read_rows(part: bytes) -> dict[str, dict[str, Any]]:
+    """The rows of a part by key; empty where it is no whole part."""
+    if read_head(part) is None:
+        return {}
+    return {row["key"]: row for row in pq.read_table(pa.BufferReader(part)).to_pylist()}
+
+
+def read_attempts(part: bytes) -> dict[str, int]:
+    """How often each row of a part was made; empty where it is no whole part."""
+    return {key: row["attempt"] for key, row in read_rows(part).items()}
 
 
 def attempt_of(part: bytes) -> str | None:
@@ -216,7 +229,7 @@ def read_tables(store: Store, columns: list[str] | None = None) -> Iterator[pa.T
     names = iter(part_names(store))
     while block := list(islice(names, READERS)):
         for _, _, part in read_parts(store, block):
-            yield pq.read_table(io.BytesIO(part), columns=columns).replace_schema_metadata(None)
+            yield pq.read_table(pa.BufferReader(part), columns=columns).replace_schema_metadata(None)
 
 
 def read_manifest(

@@ -402,7 +402,7 @@ def _known(plans: list[Plan], store: Store) -> Iterator[tuple[list[str], list[st
         for file in sorted({shard.file for shard in plan.shards}):
             data = store.read(file)
             if data is not None:
-                table = pq.read_table(io.BytesIO(data), columns=["key", "id", "problem"])
+                table = pq.read_table(pa.BufferReader(data), columns=["key", "id", "problem"])
                 ids = table.filter(pc.is_null(table["problem"]))["id"].drop_null()
                 yield table["key"].to_pylist(), ids.to_pylist()
 

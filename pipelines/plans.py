@@ -6,7 +6,6 @@ planners cannot both add one); each names a folder with the plan itself and its 
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -109,4 +108,4 @@ def read_shard(store: Store, file: str, row_group: int) -> pa.Table:
     data = store.read(file)
     if data is None:
         raise NotWhole(f"{store.uri(file)} is gone; the plan cannot be followed; choose a new sink.path")
-    return pq.ParquetFile(io.BytesIO(data)).read_row_group(row_group)
+    return pq.ParquetFile(pa.BufferReader(data)).read_row_group(row_group)

@@ -39,6 +39,14 @@ class Progress:
         if shards:
             self._line("starting Ray and loading the model …")
 
+    def redoing(self, plans: list[tuple[Plan, list[Shard]]], num_rows: int) -> None:
+        shards = [shard for _, todo in plans for shard in todo]
+        self.total_rows = num_rows
+        self.total_cost = sum(shard.cost for shard in shards) or 1.0
+        self._line(f"{num_rows} pictures of {len(shards)} shards are made again" if shards else "nothing is left to do")
+        if shards:
+            self._line("starting Ray and loading the model …")
+
     def started(self) -> None:
         self.begun = self.begun or time.monotonic()
         self._show()

@@ -10,38 +10,35 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import pyarrow as pa
-
-from ldm_ops.describe import PROMPT_ENCODERS, ModelFacts
+from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest
-from pipelines.adapters import ADAPTERS, AND, StageAdapters, adapter_settings, identify_adapters
+from pipelines.adapters import AND, StageAdapters
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
-from pipelines.embeddings_file import EmbeddingsHead
+from pipelines.equipment import encoder_of, plan_adapters, plan_models, signer
 from pipelines.errors import (
     EXIT_DEAD_LETTERS,
     EXIT_OK,
     JobError,
     LdmError,
+    NotWhole,
     RunAlive,
     RunFailed,
 )
 from pipelines.image_folder import write_metadata
 from pipelines.job import Job
-from pipelines.latents_file import LatentsHead
-from pipelines.loading import LoadShard, image_loader
+from pipelines.loading import LoadShard, image_loader, place
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, Shard, read_plans, read_shard, same_settings
-from pipelines.signing import Signer
+from pipelines.plans import Plan, Shard, read_plans, read_shard
 from pipelines.sink import ShardWriter
-from pipelines.stages import AnyStage, EmbedStage, EncodeStage
+from pipelines.stages import AnyStage
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
 from pipelines.totals import Totals, count, unfinished, write_success
-from pipelines.weights import Weights, identify
+from pipelines.weights import Weights
 from pipelines.worker import Place, Worker
 
 if TYPE_CHECKING:
@@ -70,10 +67,28 @@ class Summary:
     totals: Totals
 
 
+Rows = dict[tuple[str, int], frozenset[str] | None]
+"""(plan id, shard) -> keys of rows to make again; None where a shard is to be done as if for the first time."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Shards to do of each plan, and what is known of them already. Of those in `redo`, only the rows named there."""
+
+    todo: list[tuple[Plan, list[Shard]]]
+    redo: Rows
+    models: list[tuple[Weights, ModelFacts]] = field(default_factory=list)
+    adapters: list[StageAdapters] = field(default_factory=list)
+    num_duplicates: int = 0
+    num_gone: int = 0
+
+
 class Listener(Protocol):
     """What a run tells while it goes on; `progress` comes once per committed shard, with that shard's numbers."""
 
     def planned(self, planned: Planned, plans: list[tuple[Plan, list[Shard]]]) -> None: ...
+
+    def redoing(self, plans: list[tuple[Plan, list[Shard]]], num_rows: int) -> None: ...
 
     def started(self) -> None: ...
 
@@ -96,13 +111,73 @@ def run(
     Raises:
         LdmError: any of its kinds; whatever was committed before stays, and the same call does the rest.
     """
+
+    def prepare(store: Store) -> Work:
+        planned = plan(job, limit, extend)
+        todo = [(p, shards) for p in planned.plans if (shards := unfinished(store, p))]
+        if join:
+            # Another run walks the same lists from the front; where both meet, `load_shard` sees what is done.
+            for _, shards in todo:
+                random.shuffle(shards)
+        if listener:
+            listener.planned(planned, todo)
+        return Work(todo, {}, planned.models, planned.adapters, planned.num_duplicates, planned.num_gone)
+
+    return _alone(job, prepare, join, takeover, address, listener)
+
+
+def redo(
+    job: Job,
+    choose: Callable[[Store, list[Plan]], Rows],
+    address: str | None = None,
+    listener: Listener | None = None,
+) -> Summary:
+    """Make rows again that are in the manifest already, as they were planned, and put new parts in the old one's place.
+
+    A part is replaced in one request, so that a reader finds each row once at any time, in the old state or the new.
+
+    Args:
+        job: whose output it is; of it, only where things lie and how much of the cluster to take.
+        choose: which rows of which shards of an output.
+
+    Raises:
+        LdmError: any of its kinds; each shard is as before or made again, and the same call does the rest.
+    """
+
+    def prepare(store: Store) -> Work:
+        plans = read_plans(store)
+        if not plans:
+            raise NotWhole(f"{store.url} holds no plan of ldm-batch; `ldm-batch run` makes one")
+        rows = choose(store, plans)
+        shards = [(p, [shard for shard in p.shards if (p.plan_id, shard.index) in rows]) for p in plans]
+        todo = [(p, some) for p, some in shards if some]
+        if todo:
+            store.delete("_SUCCESS")
+            store.delete(manifest.METADATA_JSONL)
+        if listener:
+            all_of = {(p.plan_id, shard.index): shard.num_rows for p, some in todo for shard in some}
+            listener.redoing(todo, sum(all_of[at] if keys is None else len(keys) for at, keys in rows.items()))
+        return Work(todo, rows)
+
+    return _alone(job, prepare, False, False, address, listener)
+
+
+def _alone(
+    job: Job,
+    prepare: Callable[[Store], Work],
+    join: bool,
+    takeover: bool,
+    address: str | None,
+    listener: Listener | None,
+) -> Summary:
+    """Do what `prepare` finds, unless another run is at it."""
     store = Store(job.sink.path, job.sink.storage_options)
     store.probe()
     run_id = heartbeat.new_run_id()
     with heartbeat.Heartbeat(store, run_id):
         try:
             heartbeat.refuse_if_alive(store, run_id, join, takeover)
-            summary = _run(job, store, run_id, plan(job, limit, extend), join, address, listener)
+            summary = _run(job, store, run_id, prepare(store), join, address, listener)
         except BaseException as error:
             _end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
             raise
@@ -111,27 +186,20 @@ def run(
 
 
 def _run(
-    job: Job, store: Store, run_id: str, planned: Planned, join: bool, address: str | None, listener: Listener | None
+    job: Job, store: Store, run_id: str, work: Work, join: bool, address: str | None, listener: Listener | None
 ) -> Summary:
-    todo = [(p, todo) for p in planned.plans if (todo := unfinished(store, p))]
-    if join:
-        # Another run walks the same lists from the front; where both meet, `load_shard` sees what is done.
-        for _, shards in todo:
-            random.shuffle(shards)
-    if listener:
-        listener.planned(planned, todo)
     start = time.monotonic()
     receipts: list[dict[str, Any]] = []
     code = EXIT_OK
-    if todo:
+    if work.todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
         # Ray first: it takes over SIGTERM when it starts.
         with ray_cluster(address), stop_on_signals(store, run_id, listener.stopping if listener else None) as stopped:
             refuse_local_sink(store, job.sink.path)
-            for one, shards in todo:
+            for one, shards in work.todo:
                 if stopped:
                     break
-                receipts.extend(_execute(store, run_id, job, planned, one, shards, join, listener))
+                receipts.extend(_execute(store, run_id, job, work, one, shards, join, listener))
             code = stopped[0] if stopped else EXIT_OK
         if not stopped and store.read(heartbeat.stop_path(run_id)) is not None:
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
@@ -149,8 +217,8 @@ def _run(
         run_id=run_id,
         output=store.url,
         exit_code=code,
-        num_duplicates=planned.num_duplicates,
-        num_gone=planned.num_gone,
+        num_duplicates=work.num_duplicates,
+        num_gone=work.num_gone,
         num_new_rows=rows,
         duration_s=round(duration, 3),
         rows_per_s=round(rows / duration, 3) if rows else 0.0,
@@ -163,7 +231,7 @@ def _execute(
     store: Store,
     run_id: str,
     job: Job,
-    planned: Planned,
+    work: Work,
     plan: Plan,
     todo: list[Shard],
     join: bool,
@@ -172,8 +240,8 @@ def _execute(
     # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
     own = Job.model_validate(plan.job)
     options = job.source.storage_options
-    models = plan_models(plan, own, planned, options)
-    adapters = plan_adapters(plan, own, planned, models, options)
+    models = plan_models(plan, own, work.models, options)
+    adapters = plan_adapters(plan, own, work.adapters, models, options)
     sizes = [weights.num_bytes + beside.num_bytes for (weights, _), beside in zip(models, adapters, strict=True)]
     pools = fit(list(zip(pool_stages(own, job), sizes, strict=True)))
     refuse_local_images(store, todo[0])
@@ -191,6 +259,7 @@ def _execute(
     receipts = dataset(
         store,
         todo,
+        work.redo,
         stages,
         writer=ShardWriter(
             store,
@@ -218,19 +287,6 @@ def _execute(
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
     except Exception as error:
         raise plain_error(error) from error
-
-
-def signer(job: Job, plan: Plan) -> Signer | None:
-    """Who signs the plan's pictures: the job says now, as no plan records it.
-
-    Raises:
-        JobError: the plan's are signed, and the job names nobody.
-    """
-    if not plan.settings.get("sink.c2pa"):
-        return None
-    if job.sink.c2pa is None:
-        raise JobError(f"sink.c2pa: the pictures of plan {plan.plan_id} are signed; give certificate and private_key")
-    return Signer(job.sink.c2pa)
 
 
 def refuse_local_sink(store: Store, path: str) -> None:
@@ -281,87 +337,10 @@ def refuse_local_images(store: Store, shard: Shard) -> None:
             )
 
 
-def encoder_of(stage: AnyStage, weights: Weights, facts: ModelFacts) -> LatentsHead | EmbeddingsHead | None:
-    """What latents or text embeddings say of the encoder that made them, but for shapes; None of another stage."""
-    if isinstance(stage, EmbedStage):
-        return EmbeddingsHead(
-            encoder=weights.name,
-            encoder_revision=weights.revision,
-            pipeline=facts.pipeline,
-            dtype=stage.store_dtype,
-            masked="prompt_attention_mask" in PROMPT_ENCODERS[facts.pipeline],
-            max_sequence_length=stage.max_sequence_length,
-        )
-    if not isinstance(stage, EncodeStage):
-        return None
-    return LatentsHead(
-        encoder=weights.name,
-        encoder_revision=weights.revision,
-        posterior=stage.posterior,
-        dtype="",
-        shape=(0, 0, 0),
-        scale=facts.latent_scale,
-        shift=facts.latent_shift,
-        factor=facts.latent_factor,
-    )
-
-
-def plan_models(
-    plan: Plan, own: Job, planned: Planned, storage_options: dict[str, Any]
-) -> list[tuple[Weights, ModelFacts]]:
-    """The weights that a plan was made for, of each of its stages.
-
-    Raises:
-        JobError: they are no longer what they were.
-    """
-    at_hand = {weights.revision: (weights, facts) for weights, facts in planned.models}
-    models = []
-    for i, stage in enumerate(own.stages):
-        wanted = plan.settings[f"stages.{i}.model_revision"]
-        found = at_hand.get(wanted) or identify(stage.model, stage.revision, stage.variant, storage_options)
-        if found[0].revision != wanted:
-            raise JobError(
-                f"model {stage.model} has changed since plan {plan.plan_id} was made ({wanted}, now "
-                f"{found[0].revision}); put the old weights back, or choose a new sink.path"
-            )
-        models.append(found)
-    return models
-
-
-def plan_adapters(
-    plan: Plan,
-    own: Job,
-    planned: Planned,
-    models: list[tuple[Weights, ModelFacts]],
-    storage_options: dict[str, Any],
-) -> list[StageAdapters]:
-    """The adapters that a plan was made for, of each of its stages.
-
-    Raises:
-        JobError: they are no longer what they were.
-    """
-    wanted = {name: value for name, value in plan.settings.items() if ADAPTERS in name}
-
-    def fits(adapters: list[StageAdapters]) -> bool:
-        return len(adapters) == len(own.stages) and same_settings(wanted, adapter_settings(adapters))
-
-    if fits(planned.adapters):
-        return planned.adapters
-    found = [
-        identify_adapters(i, stage, facts, storage_options)
-        for i, (stage, (_, facts)) in enumerate(zip(own.stages, models, strict=True))
-    ]
-    if not fits(found):
-        raise JobError(
-            f"an adapter (vae, controlnet, textual_inversion or lora) has changed since plan {plan.plan_id} was made; "
-            "put the old files back, or choose a new sink.path"
-        )
-    return found
-
-
 def dataset(
     store: Store,
     todo: list[Shard],
+    redo: Rows,
     stages: list[tuple[Fit, tuple[Any, ...]]],
     writer: ShardWriter,
     join: bool,
@@ -371,21 +350,15 @@ def dataset(
     import ray.data
 
     # In memory: Ray's own range would add read tasks of one whole CPU each, for which a small machine has no room.
-    parts = [manifest.part_path(s.plan_id, s.index) if join else "" for s in todo]
-    places = ray.data.from_arrow(
-        [
-            pa.table({"file": [shard.file], "row_group": [shard.row_group], "part": [part]})
-            for shard, part in zip(todo, parts, strict=True)
-        ]
-    )
+    places = ray.data.from_arrow([place(shard, redo.get((shard.plan_id, shard.index)), join) for shard in todo])
     first: Place = stages[0][1][0]
     first_weights: Weights = stages[0][1][2]
     load = LoadShard(store, first.loader, first_weights.revision, storage_options)
     shards = places.map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     for pool, arguments in stages:
-        place: Place = arguments[0]
+        at: Place = arguments[0]
         # A class of its own per stage, or Ray's dashboard calls all of them by the same name.
-        worker_class = type(f"{place.stage.op.title()}{place.index or ''}", (Worker,), {})
+        worker_class = type(f"{at.stage.op.title()}{at.index or ''}", (Worker,), {})
         with warnings.catch_warnings():
             # Ray's default restarts a worker for ever; the finite limits have no named parameter yet (Ray 2.60).
             warnings.simplefilter("ignore")

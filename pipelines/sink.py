@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
 from pipelines import manifest, shard_file
-from pipelines.blocks import RESULT_FIELDS, unpack
+from pipelines.blocks import KEPT, RESULT_FIELDS, unpack
 from pipelines.commit import commit
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.generation_text import describe
@@ -92,7 +92,13 @@ class ShardWriter:
         index = rows[0]["shard"]
         puts: list[tuple[str, bytes]] = []
         pictures: list[Picture] = []
-        records = [self._record(row, index, puts.append, pictures.append) for row in rows]
+        path = manifest.part_path(self.plan_id, index)
+        again = any(row["attempt"] is not None for row in rows)
+        before = manifest.read_rows(self.store.read(path) or b"") if again else {}
+        records = [
+            before[row["key"]] if row["status"] == KEPT else self._record(row, index, puts.append, pictures.append)
+            for row in rows
+        ]
         passed = self._passed(shard)
         self._one_file(pictures, passed, index, puts.append)
         self._latents(rows, records, index, puts.append)
@@ -111,11 +117,15 @@ class ShardWriter:
             keys_digest=manifest.keys_digest(record["key"] for record in records),
         )
         part = manifest.part_bytes(self._table(shard, records, passed), head)
-        outcome = commit(self.store, manifest.part_path(self.plan_id, index), part, head.attempt, manifest.attempt_of)
-        errors = [f"{r['error_type']}: {r['error_message']}" for r in records if r["status"] == "failed"]
+        if again:
+            # In one request: whoever reads finds the old part or this one, and each holds every row once.
+            self.store.write(path, part)
+        outcome = commit(self.store, path, part, head.attempt, manifest.attempt_of)
+        made = [record for record, row in zip(records, rows, strict=True) if row["status"] != KEPT]
+        errors = [f"{r['error_type']}: {r['error_message']}" for r in made if r["status"] == "failed"]
         receipt = {
             "shard": index,
-            **{f"num_{status}": count for status, count in counts.items()},
+            **{f"num_{s}": sum(r["status"] == s for r in made) for s in counts},
             "num_bytes": len(part) + sum(len(data) for _, data in puts),
             "outcome": outcome,
             "first_error": errors[0] if errors else None,
@@ -125,7 +135,10 @@ class ShardWriter:
     def _record(self, row: dict[str, Any], index: int, put: Put, picture: Callable[[Picture], None]) -> dict[str, Any]:
         """The manifest row; its picture is put, or handed on where a shard's pictures make one file."""
         record = {name: value for name, value in row.items() if name not in _INTERNAL}
-        record |= self.constants | {"attempt": 1, "created_at": datetime.fromtimestamp(time.time(), UTC)}
+        record |= self.constants | {
+            "attempt": row["attempt"] or 1,
+            "created_at": datetime.fromtimestamp(time.time(), UTC),
+        }
         stages = record["stages"] = [dict(stage) for stage in row["stages"] or ()]
         if stages:
             record |= {name: stages[-1][name] for name in ("batch_size", "device", "worker")}

@@ -26,13 +26,15 @@ from pipelines.job import Job
 from pipelines.latents_file import NotLatents, as_array, read_latents
 from pipelines.loading import image_loader
 from pipelines.plans import Plan, Shard, read_plans, read_shard
+from pipelines.regenerate import Regenerated, regenerated
 from pipelines.stages import EncodeStage
-from pipelines.storage import Store
+from pipelines.storage import Info, Store
 from pipelines.totals import Counting, Totals
 from pipelines.weights import fetch, identify
 
 MAX_FAULTS = 20
 READERS = 8
+FOLDERS_HELD = 4
 MAX_PSNR_DB = 100.0
 
 
@@ -46,27 +48,40 @@ class Decoded:
     psnr_db_min: float | None = None
 
 
+Damage = dict[tuple[str, int], frozenset[str] | None]
+"""(plan id, shard) -> keys of rows that are not as they should be; None where the shard has no part."""
+
+Place = tuple[str, int, str]
+"""Plan id, shard and key of a row."""
+
+
 @dataclass
 class Report:
-    """What was read back. `faults` are the first MAX_FAULTS of `num_faults`, a line each."""
+    """What was read back. `faults` are the first MAX_FAULTS of `num_faults`, a line each; `damage` is all of it."""
 
     output: str
     totals: Totals = field(default_factory=Totals)
+    num_files_seen: int = 0
     num_rows_read: int = 0
     num_files_read: int = 0
     num_bytes_read: int = 0
     num_faults: int = 0
     faults: list[str] = field(default_factory=list)
     decoded: Decoded | None = None
+    regenerated: Regenerated | None = None
+    damage: Damage = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
         return NotWhole.exit_code if self.num_faults else 0
 
-    def fault(self, text: str) -> None:
+    def fault(self, text: str, *rows: Place) -> None:
+        """Note what is wrong, and with which rows; making them again mends it."""
         self.num_faults += 1
         if len(self.faults) < MAX_FAULTS:
             self.faults.append(text)
+        for plan_id, shard, key in rows:
+            self.damage[plan_id, shard] = (self.damage.get((plan_id, shard)) or frozenset()) | {key}
 
 
 @dataclass(frozen=True)
@@ -77,21 +92,29 @@ class Piece:
     member: str | None
     sha256: str | None
     num_bytes: int | None
+    row: Place
     kind: str = "picture"
 
 
 def verify(
     output: str,
     storage_options: dict[str, Any] | None = None,
+    deep: bool = False,
     sample: int | None = None,
     decode: int = 0,
+    regenerate: int = 0,
     seed: int = 0,
     source_options: dict[str, Any] | None = None,
 ) -> Report:
-    """Read an output back: its parts, and the files of all rows or of `sample` of them, chosen by `seed`.
+    """Read an output back: every part, and whether each file that they name is there at its size.
 
-    `decode` rows of latents are decoded too, by the autoencoder that made them. `source_options` are for fsspec, of the
-    images and the model.
+    Args:
+        deep: read every file too, and hold it against what the manifest says.
+        sample: read the files of so many rows.
+        decode: so many rows of latents are decoded by the autoencoder that made them.
+        regenerate: so many rows are made again here, and their bytes compared.
+        seed: chooses which rows those are.
+        source_options: for fsspec, of the images and the model.
 
     Raises:
         NotWhole: no plan is there, or one that cannot be read; all other faults are in the report.
@@ -104,17 +127,22 @@ def verify(
         raise NotWhole(f"{output} holds no plan of ldm-batch; check the path")
     report = Report(output)
     counting = Counting(plans)
-    to_read, to_decode = _Lot(sample, seed), _Lot(decode, seed)
+    to_read, to_decode, to_make = _Lot(sample, seed), _Lot(decode, seed), _Lot(regenerate, seed)
+    listing = Listing(store)
     for plan in plans:
         for shard, rows in _parts(store, plan, counting, report):
-            if sample is None:
-                _read_files(store, rows, report)
+            if deep:
+                _read_files(store, plan, rows, report)
+            else:
+                _look_for_files(listing, plan, rows, report)
             for row in rows:
                 if row["status"] == "ok":
                     to_read.offer(row["key"], (plan, shard, row))
+                    to_make.offer(row["key"], (plan, shard, row))
                     if row["format"] == "latents":
                         to_decode.offer(row["key"], (plan, shard, row))
-    _read_files(store, [row for _, _, row in to_read.drawn()], report)
+    for plan, _, row in to_read.drawn():
+        _read_files(store, plan, [row], report)
     planned = {manifest.part_path(plan.plan_id, shard.index) for plan in plans for shard in plan.shards}
     for name in manifest.part_names(store):
         if name not in planned:
@@ -123,7 +151,20 @@ def verify(
     _check_success(store, report)
     if decode:
         _decode(store, to_decode.drawn(), report, source_options or {})
+    if regenerate:
+        report.regenerated = regenerated(store, to_make.drawn(), source_options or {})
+        for text in report.regenerated.different:
+            report.fault(text)
     return report
+
+
+def damage(store: Store) -> Damage:
+    """Everything of an output that a deep look finds missing or changed, as rows to make again.
+
+    Raises:
+        NotWhole: no plan is there.
+    """
+    return verify(store.url, store.storage_options, deep=True).damage
 
 
 class _Lot:
@@ -155,28 +196,39 @@ def _parts(
             paths = [manifest.part_path(plan.plan_id, shard.index) for shard in block]
             for shard, path, part in zip(block, paths, pool.map(store.read, paths), strict=True):
                 head = None if part is None else manifest.read_head(part)
+                everything = [(plan.plan_id, shard.index, key) for key in _keys(store, shard, head)]
                 if part is None:
                     report.fault(f"{path}: missing; its shard is not done, run the job again")
+                    report.damage[plan.plan_id, shard.index] = None
                 elif head is None:
-                    report.fault(f"{path}: not a whole part; move it away and run the job again")
+                    report.fault(f"{path}: not a whole part", *everything)
                 elif head.keys_digest != shard.keys_digest:
-                    report.fault(f"{path}: does not hold the rows that the plan names; move it away and run again")
+                    report.fault(f"{path}: does not hold the rows that the plan names", *everything)
                 else:
                     table = pq.read_table(pa.BufferReader(part))
                     counts = {name: 0 for name in ("ok", "failed", "filtered")}
                     for status in table["status"].to_pylist():
                         counts[status] = counts.get(status, 0) + 1
                     if counts != {"ok": head.num_ok, "failed": head.num_failed, "filtered": head.num_filtered}:
-                        report.fault(f"{path}: its rows are not as many of each status as it says")
+                        everything = [(plan.plan_id, shard.index, key) for key in table["key"].to_pylist()]
+                        report.fault(f"{path}: its rows are not as many of each status as it says", *everything)
                     counting.add(head, table)
                     yield shard, table.to_pylist()
 
 
-def _pieces(row: dict[str, Any]) -> Iterator[Piece]:
+def _keys(store: Store, shard: Shard, head: manifest.PartHead | None) -> list[str]:
+    """The planned keys of a shard, where its part does not tell them."""
+    if head is not None and head.keys_digest == shard.keys_digest:
+        return []
+    return [str(key) for key in read_shard(store, shard.file, shard.row_group)["key"].to_pylist()]
+
+
+def _pieces(plan: Plan, row: dict[str, Any]) -> Iterator[Piece]:
     """All that a manifest row names."""
+    at = (plan.plan_id, row["shard"], row["key"])
     if row["status"] == "ok":
         file, mark, member = (row["uri"] or "").partition("#")
-        said = (row["sha256"], row["num_bytes"])
+        said = (row["sha256"], row["num_bytes"], at)
         if row["format"] == "latents":
             yield Piece(file, str(row["latents_row"]), *said, kind="latents")
         elif row["format"] == "embeddings":
@@ -185,48 +237,94 @@ def _pieces(row: dict[str, Any]) -> Iterator[Piece]:
             yield Piece(file, member if mark else None, *said)
     for other in [*(row["stages"] or ()), *(row["intermediates"] or ())]:
         if other["uri"] is not None:
-            yield Piece(other["uri"], None, other["sha256"], other["num_bytes"])
+            yield Piece(other["uri"], None, other["sha256"], other["num_bytes"], at)
     if row.get("thumbnail") is not None:
-        yield Piece(row["thumbnail"], None, None, None)
+        yield Piece(row["thumbnail"], None, None, None, at)
 
 
-def _read_files(store: Store, rows: list[dict[str, Any]], report: Report) -> None:
+Fault = tuple[str, list[Place]]
+
+
+def _by_file(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, list[Piece]]:
     files: dict[str, list[Piece]] = {}
     for row in rows:
-        for piece in _pieces(row):
+        for piece in _pieces(plan, row):
             files.setdefault(piece.file, []).append(piece)
+    return files
+
+
+def _missing(file: str, pieces: list[Piece]) -> Fault:
+    rows = f" ({len(pieces)} rows)" if len(pieces) > 1 else ""
+    return f"{file or 'a row that is ok'}: missing{rows}", [piece.row for piece in pieces]
+
+
+class Listing:
+    """Sizes of files, by listing the folders that they lie in; a few folders are held at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.folders: dict[str, dict[str, Info]] = {}
+
+    def num_bytes(self, file: str) -> int | None:
+        """None where there is no such file."""
+        folder = file.rpartition("/")[0]
+        if folder not in self.folders:
+            while len(self.folders) >= FOLDERS_HELD:
+                self.folders.pop(next(iter(self.folders)))
+        else:
+            # The one used last is let go last.
+            self.folders[folder] = self.folders.pop(folder)
+        if folder not in self.folders:
+            self.folders[folder] = self.store.list(folder)
+        info = self.folders[folder].get(file)
+        return None if info is None else info.num_bytes
+
+
+def _look_for_files(listing: Listing, plan: Plan, rows: list[dict[str, Any]], report: Report) -> None:
+    for file, pieces in _by_file(plan, rows).items():
+        size = listing.num_bytes(file) if file else None
+        report.num_files_seen += 1
+        if size is None:
+            text, places = _missing(file, pieces)
+            report.fault(text, *places)
+        elif pieces[0].member is None and pieces[0].num_bytes is not None and pieces[0].num_bytes != size:
+            report.fault(f"{file}: {size} bytes, not {pieces[0].num_bytes}", *(piece.row for piece in pieces))
+
+
+def _read_files(store: Store, plan: Plan, rows: list[dict[str, Any]], report: Report) -> None:
+    files = _by_file(plan, rows)
     report.num_rows_read += len(rows)
     with ThreadPoolExecutor(READERS) as pool:
         for num_bytes, faults in pool.map(lambda item: _read_file(store, *item), files.items()):
             report.num_files_read += 1
             report.num_bytes_read += num_bytes
-            for text in faults:
-                report.fault(text)
+            for text, places in faults:
+                report.fault(text, *places)
 
 
-def _read_file(store: Store, file: str, pieces: list[Piece]) -> tuple[int, list[str]]:
+def _read_file(store: Store, file: str, pieces: list[Piece]) -> tuple[int, list[Fault]]:
     """How many bytes a file has, and what is wrong with it."""
     data = store.read(file) if file else None
+    rows = [piece.row for piece in pieces]
     if data is None:
-        rows = f" ({len(pieces)} rows)" if len(pieces) > 1 else ""
-        return 0, [f"{file or 'a row that is ok'}: missing{rows}"]
+        return 0, [_missing(file, pieces)]
     digest = hashlib.sha256(data).hexdigest()
     if digest[:12] not in file.rpartition("/")[2]:
-        return len(data), [f"{file}: {len(data)} bytes, not what its name says; it was cut off or changed"]
+        return len(data), [(f"{file}: {len(data)} bytes, not what its name says; it was cut off or changed", rows)]
     try:
         found = _members(data, pieces)
     except ValueError as error:
-        return len(data), [f"{file}: cannot be read ({error})"]
-    faults = []
+        return len(data), [(f"{file}: cannot be read ({error})", rows)]
+    faults: list[Fault] = []
     for piece in pieces:
         where = file if piece.member is None else f"{file}#{piece.member}"
         body = data if piece.member is None else found.get(piece.member)
         if body is None:
-            faults.append(f"{where}: not in that file")
+            faults.append((f"{where}: not in that file", [piece.row]))
         elif piece.num_bytes is not None and len(body) != piece.num_bytes:
-            faults.append(f"{where}: {len(body)} bytes, not {piece.num_bytes}")
+            faults.append((f"{where}: {len(body)} bytes, not {piece.num_bytes}", [piece.row]))
         elif piece.sha256 is not None and hashlib.sha256(body).hexdigest() != piece.sha256:
-            faults.append(f"{where}: other content than the manifest says")
+            faults.append((f"{where}: other content than the manifest says", [piece.row]))
     return len(data), faults
 
 

@@ -236,13 +236,13 @@ def test_safetensors_are_the_same_files_after_a_resume_by_another_number_of_work
 def test_verify_reads_latents_back_and_decodes_some(
     encoded: Path, safetensors: Path, photos: list[dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    reports = [verify(str(out), decode=5, seed=1) for out in (encoded, safetensors)]
+    reports = [verify(str(out), deep=True, decode=5, seed=1) for out in (encoded, safetensors)]
     assert [report.faults for report in reports] == [[], []]
     assert reports[0].decoded == reports[1].decoded
     decoded = reports[0].decoded
     assert decoded is not None
     assert (decoded.num_rows, decoded.num_compared) == (5, 5)
-    everything = verify(str(encoded), decode=100).decoded
+    everything = verify(str(encoded), deep=True, decode=100).decoded
     assert everything is not None
     ratios = []
     decoder = Decode(model="x")
@@ -264,7 +264,7 @@ def test_verify_reads_latents_back_and_decodes_some(
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert verify(str(broken)).faults == [
+    assert verify(str(broken), deep=True).faults == [
         f"{path.relative_to(broken)}: {len(data)} bytes, not what its name says; it was cut off or changed"
     ]
 
@@ -468,7 +468,7 @@ def test_a_chain_records_the_cut_that_its_latents_show(tiny_model: Path, tmp_pat
     found = stored(tmp_path)["a"]
     assert [found[name] for name in ("original_height", "original_width", "crop_top", "crop_left")] == [64, 96, 0, 16]
     # There is nothing to compare these with: what the first stage made was never written.
-    report = verify(str(tmp_path), decode=3)
+    report = verify(str(tmp_path), deep=True, decode=3)
     assert (report.faults, report.decoded) == ([], Decoded(num_rows=1))
 
 

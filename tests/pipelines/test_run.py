@@ -135,7 +135,7 @@ def test_shards_in_one_file_are_the_same_files_after_a_resume_by_two_workers(
     (out / "_SUCCESS").unlink()
     run(job(2))
     assert made() == (files, contents)
-    assert verify(str(out)).faults == []
+    assert verify(str(out), deep=True).faults == []
 
 
 def test_a_table_that_grows_gets_only_its_new_rows_made(

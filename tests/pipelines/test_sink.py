@@ -392,4 +392,4 @@ def test_a_run_signs_and_tells_imagefolder_once_all_is_done(
     for line in lines:
         with c2pa.Reader("image/png", io.BytesIO((folder / line["file_name"]).read_bytes())) as reader:
             assert reader.get_validation_state() != "Invalid"
-    assert verify(str(tmp_path / "out")).faults == []
+    assert verify(str(tmp_path / "out"), deep=True).faults == []

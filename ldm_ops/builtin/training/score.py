@@ -10,12 +10,14 @@ from ldm_ops.builtin.draw import Caption
 from ldm_ops.builtin.judge import judge
 
 
-def score(pipe: StableDiffusionPipeline, captions: list[Caption], guidance_scale: float = 2.0) -> dict[str, float]:
+def score(
+    pipe: StableDiffusionPipeline, captions: list[Caption], guidance_scale: float = 2.0, first_seed: int = 0
+) -> dict[str, float]:
     """Share of `captions` whose picture (25 steps) the referee agrees with, in all and by attribute."""
     seen = []
     for start in range(0, len(captions), 50):
         prompts = [str(c) for c in captions[start : start + 50]]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
+        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(prompts))]
         images = pipe(
             prompts, num_inference_steps=25, guidance_scale=guidance_scale, generator=generators, output_type="np"
         ).images
