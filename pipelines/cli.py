@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.errors import EXIT_DEAD_LETTERS, EXIT_INTERRUPTED, LdmError
-from pipelines.wording import group_text, planned_json, planned_text, report_text, summary_text, totals_text
+from pipelines.wording import (
+    diagnosis_text,
+    group_text,
+    planned_json,
+    planned_text,
+    report_text,
+    summary_text,
+    totals_text,
+)
 
 if TYPE_CHECKING:
     from pipelines.job import Job
@@ -274,6 +282,23 @@ def repair(job: JobPath, set_: Set = None, address: Address = None, as_json: Jso
         from pipelines.verify import damage
 
         _redo(job, set_, address, as_json, lambda store, plans: damage(store), lambda: "")
+
+
+@app.command()
+def doctor(
+    url: Annotated[str, typer.Argument(help="A folder or URL to write to, or a job file.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Probe a store: what it holds to, how quick it is, and how a run will fare on it."""
+    with one_line_errors(as_json):
+        from dataclasses import asdict
+
+        from pipelines.doctor import doctor as probe
+
+        url, options, _ = _output(url)
+        found = probe(url, options)
+        _emit(as_json, asdict(found) | {"exit_code": found.exit_code}, lambda: diagnosis_text(found))
+        raise typer.Exit(found.exit_code)
 
 
 def _redo(

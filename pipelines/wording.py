@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.dead_letters import Group
+    from pipelines.doctor import Diagnosis
     from pipelines.job import Job
     from pipelines.planner import Planned
     from pipelines.runner import Summary
@@ -118,6 +119,12 @@ def report_text(report: Report) -> str:
     if made is not None:
         lines.append(f"made {made.num_rows} rows again, {made.num_same} of them with the same bytes")
     return "\n".join(lines)
+
+
+def diagnosis_text(found: Diagnosis) -> str:
+    """A line per probe, and how a run will fare."""
+    lines = [f"{f.verdict:<8}{f.name}: {f.text}" for f in found.findings]
+    return "\n".join([*lines, f"{found.url}: {found.mode}"])
 
 
 def group_text(group: Group) -> str:

@@ -21,7 +21,7 @@ def test_every_command_and_option_of_the_readme_exists_and_every_command_is_in_i
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert set(re.findall(r"ldm-batch ([a-z]+)", README)) == set(commands)
     options = {option for command in commands.values() for p in command.params for option in p.opts}
-    assert {o for o in re.findall(r"`(--[a-z]+)", README)} <= options
+    assert {o for o in re.findall(r"`(--[a-z-]+)", README)} <= options
 
 
 @pytest.mark.parametrize("model", [Job, Source, Sink, *STAGES.values()], ids=lambda m: m.__name__)

@@ -1,0 +1,76 @@
+"""What `doctor` says of stores that hold to what they promise, and of one that does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.doctor import doctor
+from pipelines.errors import StorageError
+from pipelines.storage import Store
+
+
+def verdicts(url: str, options: dict[str, Any] | None = None) -> dict[str, str]:
+    return {finding.name: finding.verdict for finding in doctor(url, options).findings}
+
+
+def test_a_local_folder_is_fine_and_left_as_it_was(tmp_path: Path) -> None:
+    found = doctor(str(tmp_path))
+    assert found.exit_code == 0
+    assert {f.verdict for f in found.findings} == {"ok", "skipped"}
+    assert found.mode.startswith("conditional writes")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_s3_server_is_asked_for_checksums_and_multipart_too(
+    s3_options: dict[str, Any], tmp_path: Path, ldm_batch: Any
+) -> None:
+    url = f"s3://bkt/{tmp_path.name}"
+    found = ldm_batch("doctor", url, "--json", AWS_ENDPOINT_URL=s3_options["endpoint_url"])
+    assert found.returncode == 0, found.stderr
+    said = {finding["name"]: finding["verdict"] for finding in json.loads(found.stdout)["findings"]}
+    # moto takes any checksum, and does not promise what a race ends in.
+    assert (said.pop("checksums"), said.pop("one winner") in ("ok", "weak")) == ("weak", True)
+    assert said == {
+        name: "ok"
+        for name in (
+            "access",
+            "read after write",
+            "listing",
+            "create if absent",
+            "multipart",
+            "latency",
+            "bandwidth",
+        )
+    }
+    assert Store(url, s3_options).list("") == {}
+
+
+def test_a_store_that_checks_before_it_writes_is_weak_and_usable() -> None:
+    # fsspec's memory has no conditional write, so create checks first.
+    found = doctor("memory://doctor")
+    assert found.exit_code == 0
+    assert {f.name: f.verdict for f in found.findings}["create if absent"] == "ok"
+
+
+def test_a_store_that_ignores_conditions_is_told_from_one_that_honours_them(
+    s3_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Swift's S3 front and rclone's do: the header is taken and means nothing.
+    store = Store(f"s3://bkt/{tmp_path.name}", s3_options)
+    forgetful = type(store.filesystem)
+    monkeypatch.setattr(
+        Store, "create", lambda self, path, data: forgetful.pipe_file(self.filesystem, self.uri(path), data)
+    )
+    found = doctor(store.url, s3_options)
+    said = {f.name: f.verdict for f in found.findings}
+    assert (said["create if absent"], said["one winner"], found.exit_code) == ("weak", "weak", 0)
+    assert found.mode.startswith("read-back")
+
+
+def test_no_bucket_is_one_line(s3_options: dict[str, Any]) -> None:
+    with pytest.raises(StorageError, match="no such bucket"):
+        doctor("s3://not-there/x", s3_options)
