@@ -170,6 +170,18 @@ class Job(Section):
     batches_per_shard: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
         "auto", description="device batches in the unit of commit and resume"
     )
+    max_failed: (
+        Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(pattern=r"^\d{1,2}(\.\d+)?%$")] | None
+    ) = Field(None, description="stop a run in which more rows fail: a number, or 1% of the rows that it has to do")
+
+    @field_validator("max_failed", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        share = isinstance(value, str) and re.fullmatch(r"\d{1,2}(\.\d+)?%", value)
+        if value is not None and not number and not share:
+            raise ValueError(f"got {str(value)[:80]!r}; a number of rows, or a share below 100% such as 1%")
+        return value
 
     @property
     def stage(self) -> AnyStage:

@@ -83,6 +83,29 @@ class Work:
     num_gone: int = 0
 
 
+class Failed:
+    """Counts the rows that fail, and stops a run in which too many do."""
+
+    def __init__(self, max_failed: int | str | None, num_rows: int) -> None:
+        self.said = max_failed
+        self.limit = max_failed
+        if isinstance(max_failed, str):
+            self.limit = int(num_rows * float(max_failed.removesuffix("%")) / 100)
+        self.num_rows = 0
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        """
+        Raises:
+            RunFailed: these are more than `max_failed`.
+        """
+        self.num_rows += receipt["num_failed"]
+        if isinstance(self.limit, int) and self.num_rows > self.limit:
+            raise RunFailed(
+                f"{self.num_rows} rows failed, max_failed is {self.said}; the last: {receipt['first_error']}; what is "
+                "committed stays; `ldm-batch errors` shows them, `ldm-batch retry` tries them again"
+            )
+
+
 class Listener(Protocol):
     """What a run tells while it goes on; `progress` comes once per committed shard, with that shard's numbers."""
 
@@ -190,6 +213,7 @@ def _run(
 ) -> Summary:
     start = time.monotonic()
     receipts: list[dict[str, Any]] = []
+    failed = Failed(job.max_failed, sum(shard.num_rows for _, shards in work.todo for shard in shards))
     code = EXIT_OK
     if work.todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
@@ -199,7 +223,7 @@ def _run(
             for one, shards in work.todo:
                 if stopped:
                     break
-                receipts.extend(_execute(store, run_id, job, work, one, shards, join, listener))
+                receipts.extend(_execute(store, run_id, job, work, one, shards, join, listener, failed))
             code = stopped[0] if stopped else EXIT_OK
         if not stopped and store.read(heartbeat.stop_path(run_id)) is not None:
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
@@ -236,6 +260,7 @@ def _execute(
     todo: list[Shard],
     join: bool,
     listener: Listener | None,
+    failed: Failed,
 ) -> Iterator[dict[str, Any]]:
     # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
     own = Job.model_validate(plan.job)
@@ -285,6 +310,7 @@ def _execute(
                 if listener:
                     rows = receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
+                failed.add(receipt)
     except Exception as error:
         raise plain_error(error) from error
 
