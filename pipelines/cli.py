@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.errors import EXIT_DEAD_LETTERS, EXIT_INTERRUPTED, LdmError
+from pipelines.errors import EXIT_DEAD_LETTERS, EXIT_INTERRUPTED, JobError, LdmError
 from pipelines.wording import (
     diagnosis_text,
+    garbage_text,
     group_text,
     planned_json,
     planned_text,
@@ -321,6 +323,35 @@ def _redo(
 
 def _hopeless(num_rows: int) -> str:
     return f"\n{num_rows} rows are wrong in the table; mend them there, and run the job again" if num_rows else ""
+
+
+@app.command()
+def gc(
+    output: Output,
+    older_than: Annotated[
+        str, typer.Option(help="Leave alone what was written since: 24h, 90m, 7d.", metavar="AGE")
+    ] = "24h",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; delete nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete files that no part names: what attempts left that died, or that came second."""
+    with one_line_errors(as_json):
+        from dataclasses import asdict
+
+        from pipelines.gc import gc as collect_garbage
+
+        age_s = _seconds(older_than)
+        output, options, _ = _output(output)
+        garbage = collect_garbage(output, options, age_s, dry_run)
+        _emit(as_json, asdict(garbage) | {"older_than_s": age_s}, lambda: garbage_text(garbage, older_than))
+
+
+def _seconds(age: str) -> float:
+    match = re.fullmatch(r"(\d{1,6})([mhd])", age)
+    seconds = int(match[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]] if match else 0.0
+    if seconds < 3600:
+        raise JobError(f"--older-than {age}: give minutes, hours or days, one hour at least: 90m, 24h, 7d")
+    return seconds
 
 
 def _output(path: str) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -1,34 +1,57 @@
 """One-object commit: a shard is done when its part exists.
 
 The rules (see `commit`): an answer is not the truth, so anything but a clear success is read back; safety rests on
-no lease, clock or atomicity of the store; nothing is deleted here. Data files are written before, under names that
-follow from their content, so the part never names what may change.
+no lease, clock or atomicity of the store; nothing is deleted here (`gc` alone does). Data files are written before,
+under names that follow from their content, so the part never names what may change.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 from pipelines.errors import NotWhole, StorageError
-from pipelines.storage import Exists
+from pipelines.storage import Exists, ObjectStore
 
 ATTEMPTS = 8
 Outcome = Literal["mine", "theirs"]
 
 
-class CommitStore(Protocol):
-    """What committing needs of a store."""
+def content_name(stem: str, data: bytes, extension: str) -> tuple[str, str]:
+    """The path of a data file and its sha256."""
+    # Other content, other name: nothing that a part names can ever change under it.
+    sha256 = hashlib.sha256(data).hexdigest()
+    return f"{stem}-{sha256[:12]}.{extension}", sha256
 
-    def create(self, path: str, data: bytes) -> None: ...
 
-    def read(self, path: str) -> bytes | None: ...
+def commit_shard(
+    store: ObjectStore,
+    files: Iterable[tuple[str, bytes]],
+    path: str,
+    part: bytes,
+    attempt: str,
+    attempt_of: Callable[[bytes], str | None],
+    sleep: Callable[[float], None] = time.sleep,
+    again: bool = False,
+) -> Outcome:
+    """Put a shard's files, path and content, under content names; then `commit` the part that names them.
+
+    `again` replaces the part that stands, as `retry` and `repair` do.
+    """
+    # Again where they lie already: an orphan of that name may be old, and `gc` goes by the time of the last write.
+    for _ in store.each(lambda file: store.write(*file), files):
+        pass
+    if again:
+        # In one request: whoever reads finds the old part or this one, and each holds every row once.
+        store.write(path, part)
+    return commit(store, path, part, attempt, attempt_of, sleep)
 
 
 def commit(
-    store: CommitStore,
+    store: ObjectStore,
     path: str,
     part: bytes,
     attempt: str,

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipelines.errors import LdmError, RunAlive
-from pipelines.storage import Store
+from pipelines.errors import LdmError, RunAlive, StorageError
+from pipelines.storage import ObjectStore, Store
 
 RUNS = "_ldm/runs"
 BEAT_S = 10.0
@@ -68,45 +68,60 @@ class Heartbeat:
                 continue  # A missed beat costs nothing; the commit will say what is wrong with the store.
 
 
-def live_runs(store: Store, own: str) -> list[dict[str, Any]]:
-    """Older runs that seem alive; `own` has beaten already, its time is the store's present.
+def present_s(store: ObjectStore) -> float:
+    """The time by the store's own clock: that of an object written now."""
+    path = f"_ldm/clock-{uuid.uuid4().hex}"
+    store.write(path, b"")
+    info = store.info(path)
+    store.delete(path)
+    if info is None:
+        raise StorageError(f"{store.url}: what was written is not there; the store cannot be relied on")
+    return info.modified_s
 
-    Only older ones: of two that start together one has to go on, and one that was refused must not refuse the next.
-    """
+
+def live_runs(store: Store, now_s: float) -> list[dict[str, Any]]:
+    """Runs that seem alive, the oldest first; `now_s` is the store's present."""
     listing = store.list(RUNS)
-    now = listing[f"{RUNS}/{own}/heartbeat.json"].modified_s
     alive = []
-    for path, info in listing.items():
+    for path, info in sorted(listing.items()):
         if not path.endswith("/heartbeat.json"):
             continue
         folder = path.removesuffix("/heartbeat.json")
-        if folder >= f"{RUNS}/{own}" or f"{folder}/ended.json" in listing or now - info.modified_s > DEAD_AFTER_S:
+        if f"{folder}/ended.json" in listing or now_s - info.modified_s > DEAD_AFTER_S:
             continue
         body = store.read(path)
         run = json.loads(body) if body else {}
         if run and not _is_gone(run):
-            alive.append(run | {"age_s": now - info.modified_s})
+            alive.append(run | {"age_s": now_s - info.modified_s})
     return alive
 
 
 def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool) -> None:
-    """Leave an output to the run that works on it, unless told otherwise.
+    """Leave an output to the run that works on it, unless told otherwise; `own` has beaten already.
+
+    Only an older run counts: of two that start together one has to go on, and one that was refused must not refuse
+    the next.
 
     Raises:
         RunAlive: with who and where.
     """
-    others = live_runs(store, own)
+    beat = store.info(f"{RUNS}/{own}/heartbeat.json")
+    assert beat is not None
+    others = [run for run in live_runs(store, beat.modified_s) if run["run_id"] < own]
     if not others or join:
         return
     if takeover:
         for other in others:
             ask_to_stop(store, other["run_id"])
         return
-    other = others[0]
     raise RunAlive(
-        f"{store.url}: run {other['run_id']} on {other['host']} (pid {other['pid']}) is alive, last seen "
-        f"{other['age_s']:.0f} s ago; wait for it, or pass --join to help it or --takeover to replace it"
+        f"{store.url}: {describe(others[0])}; wait for it, or pass --join to help it or --takeover to replace it"
     )
+
+
+def describe(run: dict[str, Any]) -> str:
+    """A run that is alive, for a message."""
+    return f"run {run['run_id']} on {run['host']} (pid {run['pid']}) is alive, last seen {run['age_s']:.0f} s ago"
 
 
 def _this_process() -> dict[str, Any]:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.blocks import GEOMETRY, STAGE
 from pipelines.errors import NotWhole, StorageError
-from pipelines.storage import Store
+from pipelines.storage import ObjectStore, Store
 
 INTERMEDIATE = pa.struct(
     [
@@ -165,12 +164,42 @@ def attempt_of(part: bytes) -> str | None:
     return head.attempt if head else None
 
 
-def committed_shards(store: Store, plan_id: str) -> set[int]:
+def read_part(part: bytes, columns: tuple[str, ...] | None = None) -> pa.Table:
+    """A part as a table, without its head."""
+    table = pq.read_table(pa.BufferReader(part), columns=None if columns is None else list(columns))
+    return table.replace_schema_metadata(None)
+
+
+def texts(part: bytes) -> set[str]:
+    """Every text in a part, whichever column it stands in; so no file that a part names, now or in a later version of
+    these columns, is missing here. What follows a `#` is cut off.
+    """
+
+    def leaves(array: pa.Array) -> Iterator[pa.Array]:
+        if pa.types.is_struct(array.type):
+            for i in range(array.type.num_fields):
+                yield from leaves(array.field(i))
+        elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+            yield from leaves(array.values)
+        elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+            yield array
+
+    chunks = (chunk for column in read_part(part).columns for chunk in column.chunks)
+    return {
+        text.partition("#")[0]
+        for chunk in chunks
+        for leaf in leaves(chunk)
+        for text in leaf.unique().to_pylist()
+        if text is not None
+    }
+
+
+def committed_shards(store: ObjectStore, plan_id: str) -> set[int]:
     """Shards whose part exists: one listing, nothing read."""
     return {int(match[1]) for name in store.list(f"{FOLDER}/{plan_id}") if (match := _PART.match(name))}
 
 
-def part_names(store: Store, folder: str = FOLDER) -> list[str]:
+def part_names(store: ObjectStore, folder: str = FOLDER) -> list[str]:
     """Every part under a folder; what somebody moved aside under another name is none."""
     return sorted(name for name in store.list(folder) if _PART.match(name))
 
@@ -199,7 +228,7 @@ def as_text(values: list[Any]) -> pa.Array:
     return pa.array([t if t is None else t.encode("utf-8", "replace").decode() for t in texts], pa.string())
 
 
-def read_parts(store: Store, paths: Iterable[str]) -> list[tuple[str, PartHead, bytes]]:
+def read_parts(store: ObjectStore, paths: Iterable[str]) -> list[tuple[str, PartHead, bytes]]:
     """Read and check parts, some at a time.
 
     Raises:
@@ -213,8 +242,7 @@ def read_parts(store: Store, paths: Iterable[str]) -> list[tuple[str, PartHead, 
             raise NotWhole(f"{store.uri(path)} is not a whole part; move it away and run the same command again")
         return path, head, part
 
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(one, sorted(paths)))
+    return list(store.each(one, sorted(paths)))
 
 
 def read_tables(store: Store, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -229,7 +257,7 @@ def read_tables(store: Store, columns: list[str] | None = None) -> Iterator[pa.T
     names = iter(part_names(store))
     while block := list(islice(names, READERS)):
         for _, _, part in read_parts(store, block):
-            yield pq.read_table(pa.BufferReader(part), columns=columns).replace_schema_metadata(None)
+            yield read_part(part, None if columns is None else tuple(columns))
 
 
 def read_manifest(

@@ -6,7 +6,6 @@ A source that has grown adds a plan with only the new keys.
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,12 +23,20 @@ from ldm_ops.describe import WITH_T5, ModelFacts
 from pipelines import manifest
 from pipelines.adapters import StageAdapters, adapter_settings, identify_adapters
 from pipelines.chunk import Chunk
-from pipelines.commit import commit
 from pipelines.errors import JobError
 from pipelines.images import MIME_TYPES, encode, refuse_missing
 from pipelines.job import Job, digest
 from pipelines.loading import image_loader
-from pipelines.plans import PLANS, Plan, Shard, read_plans, refuse_other_job, refuse_other_shape, same_settings
+from pipelines.plans import (
+    PLANS,
+    Plan,
+    Shard,
+    add_plan,
+    read_plans,
+    refuse_other_job,
+    refuse_other_shape,
+    same_settings,
+)
 from pipelines.row_table import OWN_FIELDS, has_negative, in_order, row_table
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
 from pipelines.signing import Signer
@@ -122,20 +129,7 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
         planned = planner.plan(plans, store, extend)
         if planned.new is None or planned.table is None:
             return planned
-        # Before the claim: a crash in between must not leave a mark that says too much.
-        store.delete("_SUCCESS")
-        store.delete(manifest.METADATA_JSONL)
-        _write_rows(store, planned.new, planned.table)
-        store.write(f"{PLANS}/{planned.new.plan_id}/plan.json", planned.new.to_json())
-        claim = json.dumps({"plan_id": planned.new.plan_id}).encode()
-        outcome = commit(
-            store,
-            f"{PLANS}/{len(plans) + 1:04d}.json",
-            claim,
-            planned.new.plan_id,
-            lambda data: json.loads(data)["plan_id"],
-        )
-        if outcome == "mine":
+        if add_plan(store, len(plans) + 1, planned.new, _row_files(planned.new, planned.table)):
             store.write("_ldm/job.yaml", job.resolved_yaml().encode())
             return planned
 
@@ -407,7 +401,7 @@ def _known(plans: list[Plan], store: Store) -> Iterator[tuple[list[str], list[st
                 yield table["key"].to_pylist(), ids.to_pylist()
 
 
-def _write_rows(store: Store, plan: Plan, table: pa.Table) -> None:
+def _row_files(plan: Plan, table: pa.Table) -> Iterator[tuple[str, bytes]]:
     offset = 0
     for first in range(0, len(plan.shards), SHARDS_PER_FILE):
         shards = plan.shards[first : first + SHARDS_PER_FILE]
@@ -416,4 +410,4 @@ def _write_rows(store: Store, plan: Plan, table: pa.Table) -> None:
             for shard in shards:
                 writer.write_table(table.slice(offset, shard.num_rows), row_group_size=shard.num_rows)
                 offset += shard.num_rows
-        store.write(shards[0].file, buffer.getvalue())
+        yield shards[0].file, buffer.getvalue()

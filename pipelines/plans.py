@@ -7,14 +7,18 @@ planners cannot both add one); each names a folder with the plan itself and its 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.commit import commit
 from pipelines.errors import NotWhole, OutputHeldByOther
-from pipelines.storage import Store
+from pipelines.manifest import METADATA_JSONL
+from pipelines.storage import ObjectStore
 
 PLANS = "_ldm/plans"
 
@@ -58,7 +62,7 @@ class Plan:
         return cls(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
 
 
-def read_plans(store: Store) -> list[Plan]:
+def read_plans(store: ObjectStore) -> list[Plan]:
     """The output's plans, oldest first; empty where there are none."""
     plans = []
     for name in sorted(store.list(PLANS)):
@@ -75,11 +79,43 @@ def read_plans(store: Store) -> list[Plan]:
     return plans
 
 
+def add_plan(
+    store: ObjectStore,
+    number: int,
+    plan: Plan,
+    rows: Iterable[tuple[str, bytes]],
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Write a plan and claim place `number` of the output's log for it; False where another plan stands there.
+
+    `rows` are the files that its shards name, path and content.
+    """
+    # Before the claim: a crash in between must not leave a mark that says too much.
+    store.delete("_SUCCESS")
+    store.delete(METADATA_JSONL)
+    for path, data in rows:
+        store.write(path, data)
+    store.write(f"{PLANS}/{plan.plan_id}/plan.json", plan.to_json())
+    path, claim = f"{PLANS}/{number:04d}.json", json.dumps({"plan_id": plan.plan_id}).encode()
+    if commit(store, path, claim, plan.plan_id, _plan_id, sleep) == "theirs":
+        return False
+    # A store that checks and then puts may have taken another table's claim since. One that lands still later is not
+    # seen here; its parts are counted at the end (`totals.count`), so it cannot pass unnoticed.
+    return _plan_id(store.read(path) or b"") == plan.plan_id
+
+
+def _plan_id(claim: bytes) -> str | None:
+    try:
+        return str(json.loads(claim)["plan_id"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def same_settings(held: dict[str, Any], now: dict[str, Any]) -> bool:
     return bool(held == json.loads(json.dumps(now)))
 
 
-def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_other_job(store: ObjectStore, held: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise OutputHeldByOther with the difference."""
     now = json.loads(json.dumps(now))
     changes = [
@@ -94,7 +130,7 @@ def refuse_other_job(store: Store, held: dict[str, Any], now: dict[str, Any]) ->
     )
 
 
-def refuse_other_shape(store: Store, held: dict[str, Any], shape: dict[str, Any]) -> None:
+def refuse_other_shape(store: ObjectStore, held: dict[str, Any], shape: dict[str, Any]) -> None:
     """Raise OutputHeldByOther where the rows of an output would lie in two ways: those it holds are not made again."""
     for name, now in shape.items():
         if held.get(name, now) != now:
@@ -103,7 +139,7 @@ def refuse_other_shape(store: Store, held: dict[str, Any], shape: dict[str, Any]
             )
 
 
-def read_shard(store: Store, file: str, row_group: int) -> pa.Table:
+def read_shard(store: ObjectStore, file: str, row_group: int) -> pa.Table:
     """The planned rows of one shard."""
     data = store.read(file)
     if data is None:

@@ -6,7 +6,6 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.numpy import save as save_safetensors
 
 from pipelines import manifest, shard_file
 from pipelines.blocks import KEPT, RESULT_FIELDS, unpack
-from pipelines.commit import commit
+from pipelines.commit import commit_shard, content_name
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.generation_text import describe
 from pipelines.images import EXTENSIONS, MIME_TYPES, encode, thumbnail
@@ -28,8 +27,6 @@ from pipelines.shard_file import Picture
 from pipelines.storage import Store
 
 Put = Callable[[tuple[str, bytes]], None]
-
-PUTS_IN_FLIGHT = 16
 
 RECEIPT = pa.schema(
     [
@@ -103,8 +100,6 @@ class ShardWriter:
         self._one_file(pictures, passed, index, puts.append)
         self._latents(rows, records, index, puts.append)
         self._embeddings(rows, records, index, puts.append)
-        with ThreadPoolExecutor(PUTS_IN_FLIGHT) as pool:
-            list(pool.map(lambda put: self.store.write(*put), puts))
         counts = {s: sum(r["status"] == s for r in records) for s in ("ok", "failed", "filtered")}
         head = manifest.PartHead(
             plan_id=self.plan_id,
@@ -117,10 +112,7 @@ class ShardWriter:
             keys_digest=manifest.keys_digest(record["key"] for record in records),
         )
         part = manifest.part_bytes(self._table(shard, records, passed), head)
-        if again:
-            # In one request: whoever reads finds the old part or this one, and each holds every row once.
-            self.store.write(path, part)
-        outcome = commit(self.store, path, part, head.attempt, manifest.attempt_of)
+        outcome = commit_shard(self.store, puts, path, part, head.attempt, manifest.attempt_of, again=again)
         made = [record for record, row in zip(records, rows, strict=True) if row["status"] != KEPT]
         errors = [f"{r['error_type']}: {r['error_message']}" for r in made if r["status"] == "failed"]
         receipt = {
@@ -191,7 +183,7 @@ class ShardWriter:
         if not pictures or self.layout not in ("webdataset", "parquet"):
             return
         data, members = shard_file.write(self.layout, pictures, passed)
-        uri = f"data/{index:06d}-{hashlib.sha256(data).hexdigest()[:12]}.{shard_file.EXTENSIONS[self.layout]}"
+        uri, _ = content_name(f"data/{index:06d}", data, shard_file.EXTENSIONS[self.layout])
         put((uri, data))
         for picture, member in zip(pictures, members, strict=True):
             picture.row["uri"] = f"{uri}#{member}"
@@ -258,9 +250,7 @@ class ShardWriter:
         return self.sign(data, MIME_TYPES[self.sink.format]) if self.sign is not None else data
 
     def _name(self, folder: str, index: int, stem: str, data: bytes, extension: str) -> tuple[str, str]:
-        # Other content, other name: nothing that a part names can ever change under it.
-        sha256 = hashlib.sha256(data).hexdigest()
-        return f"{folder}/{index:06d}/{stem}-{sha256[:12]}.{extension}", sha256
+        return content_name(f"{folder}/{index:06d}/{stem}", data, extension)
 
     def _passed(self, shard: pa.Table) -> list[pa.Field]:
         """The table's own columns."""

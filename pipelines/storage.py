@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -24,13 +25,16 @@ from fsspec.utils import glob_translate
 
 from pipelines.errors import StorageError
 
+S = TypeVar("S")
 T = TypeVar("T")
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}").fullmatch
 _MAGIC_AT_END = re.compile(r"[^*?\[]+/[^/]+")
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
 ATTEMPTS = 6
 PATIENCE_S = 60.0
+IN_FLIGHT = 16
 
 
 class Exists(Exception):
@@ -43,6 +47,31 @@ class Info:
 
     num_bytes: int
     modified_s: float
+
+
+class ObjectStore(Protocol):
+    """All that commit, resume, the count at the end and `gc` ask of a store; `Store` says what each does.
+
+    The simulation in `tests/faults` has one in memory and drives the same code with it.
+    """
+
+    url: str
+
+    def uri(self, path: str) -> str: ...
+
+    def read(self, path: str) -> bytes | None: ...
+
+    def info(self, path: str) -> Info | None: ...
+
+    def list(self, prefix: str) -> dict[str, Info]: ...
+
+    def write(self, path: str, data: bytes) -> None: ...
+
+    def create(self, path: str, data: bytes) -> None: ...
+
+    def delete(self, path: str) -> None: ...
+
+    def each(self, action: Callable[[S], T], items: Iterable[S]) -> Iterable[T]: ...
 
 
 def is_local(url: str) -> bool:
@@ -113,6 +142,21 @@ class Store:
 
         return self._patiently(look)
 
+    def info(self, path: str) -> Info | None:
+        """Size and time of one object, None where there is none."""
+
+        def look() -> Info | None:
+            try:
+                if (root := self.local) is not None:
+                    stat = (root / path).stat()
+                    return Info(stat.st_size, stat.st_mtime)
+                found = self.filesystem.info(self.uri(path))
+                return Info(int(found["size"]), _timestamp(found))
+            except FileNotFoundError:
+                return None
+
+        return self._patiently(look)
+
     def write(self, path: str, data: bytes) -> None:
         """Put a whole object, replacing what is there. Only for names that follow from the content, and for hints."""
         if (root := self.local) is not None:
@@ -171,12 +215,29 @@ class Store:
 
         return self._patiently(ls)
 
+    def leftovers(self) -> Iterable[str]:
+        """Half-written files that dead processes left on a disk; no other store shows any."""
+        root = self.local
+        return [] if root is None else [str(p.relative_to(root)) for p in root.rglob(".tmp-*") if _TEMPORARY(p.name)]
+
     def delete(self, path: str) -> None:
         """Remove one object if it is there. Never for what a part may name."""
-        if (root := self.local) is not None:
-            (root / path).unlink(missing_ok=True)
-        elif self.read(path) is not None:
-            self._patiently(lambda: self.filesystem.rm_file(self.uri(path)))
+
+        def remove() -> None:
+            try:
+                if (root := self.local) is not None:
+                    (root / path).unlink()
+                else:
+                    self.filesystem.rm_file(self.uri(path))
+            except FileNotFoundError:
+                pass
+
+        self._patiently(remove)
+
+    def each(self, action: Callable[[S], T], items: Iterable[S]) -> Iterable[T]:
+        """`action` of every item, some at a time; results in the order of the items."""
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            return list(pool.map(action, items))
 
     def probe(self) -> None:
         """Find out now, not after an hour of GPU time, whether this store takes a write.

@@ -9,14 +9,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import heartbeat, manifest
 from pipelines.errors import NotWhole
 from pipelines.plans import Plan, Shard, read_plans
-from pipelines.storage import Store
+from pipelines.storage import ObjectStore, Store
 
-COUNTED = ["key", "sha256", "status", "num_bytes", "error_type"]
+COUNTED = ("key", "sha256", "status", "num_bytes", "error_type")
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Totals:
         return self.num_ok + self.num_failed + self.num_filtered
 
 
-def unfinished(store: Store, plan: Plan) -> list[Shard]:
+def unfinished(store: ObjectStore, plan: Plan) -> list[Shard]:
     """The plan's shards that have no part yet, in the plan's order."""
     done = manifest.committed_shards(store, plan.plan_id)
     return [shard for shard in plan.shards if shard.index not in done]
@@ -70,27 +69,34 @@ class Counting:
         return self._totals
 
 
-def count(store: Store, plans: list[Plan]) -> Totals:
+def count(store: ObjectStore, plans: list[Plan]) -> Totals:
     """Count what every part says, and hold it against the plans.
 
     Raises:
         NotWhole: a part that no plan knows, or one whose rows are not the planned ones.
     """
     counting = Counting(plans)
+    there = set(manifest.part_names(store))
+    # Another run may have added a plan since these were read.
+    if not there <= _planned(plans).keys() and (strays := there - _planned(read_plans(store)).keys()):
+        raise NotWhole(f"{store.uri(min(strays))}: no plan names this part; move it away and run again")
     for one in plans:
-        wanted = {manifest.part_path(one.plan_id, shard.index): shard for shard in one.shards}
-        there = manifest.part_names(store, f"{manifest.FOLDER}/{one.plan_id}")
-        for path, head, part in manifest.read_parts(store, there):
-            shard = wanted.get(path)
-            if shard is None or head.keys_digest != shard.keys_digest:
+        wanted = _planned([one])
+        for path, head, part in manifest.read_parts(store, there & wanted.keys()):
+            if head.keys_digest != wanted[path].keys_digest:
                 raise NotWhole(
                     f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again"
                 )
-            counting.add(head, pq.read_table(pa.BufferReader(part), columns=COUNTED))
+            counting.add(head, manifest.read_part(part, COUNTED))
     return counting.totals()
 
 
-def write_success(store: Store, totals: Totals) -> None:
+def _planned(plans: list[Plan]) -> dict[str, Shard]:
+    """Where the part of each planned shard stands."""
+    return {manifest.part_path(plan.plan_id, shard.index): shard for plan in plans for shard in plan.shards}
+
+
+def write_success(store: ObjectStore, totals: Totals) -> None:
     """Mark the output as whole.
 
     Raises:

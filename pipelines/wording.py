@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.dead_letters import Group
     from pipelines.doctor import Diagnosis
+    from pipelines.gc import Garbage
     from pipelines.job import Job
     from pipelines.planner import Planned
     from pipelines.runner import Summary
@@ -136,6 +137,22 @@ def group_text(group: Group) -> str:
         lines.append(f"  {where}{named}: {row['error_message']}")
     if group.num_rows > len(group.examples):
         lines.append(f"  … and {group.num_rows - len(group.examples)} more")
+    return "\n".join(lines)
+
+
+def garbage_text(garbage: Garbage, older_than: str) -> str:
+    verb = "would delete" if garbage.dry_run else "deleted"
+    lines = [
+        f"{garbage.output}: {verb} {garbage.num_deleted} file{'s' * (garbage.num_deleted != 1)} that no part names, "
+        f"{garbage.num_bytes_deleted / 1e6:.1f} MB"
+    ]
+    if garbage.num_young:
+        lines.append(f"left {garbage.num_young} younger than {older_than}, {garbage.num_bytes_young / 1e6:.1f} MB")
+    if garbage.num_not_done:
+        lines.append(
+            f"left {garbage.num_not_done} of shards that are not done, {garbage.num_bytes_not_done / 1e6:.1f} MB; "
+            "run the job to its end first"
+        )
     return "\n".join(lines)
 
 
