@@ -36,6 +36,7 @@ from pipelines.signing import Signer
 from pipelines.source import read_source
 from pipelines.stages import SCALES
 from pipelines.storage import Store, is_local
+from pipelines.unused import refuse_unused, unused
 from pipelines.weights import Weights, identify
 
 SHARDS_PER_FILE = 64
@@ -136,7 +137,9 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
             lambda data: json.loads(data)["plan_id"],
         )
         if outcome == "mine":
-            store.write("_ldm/job.yaml", job.resolved_yaml().encode())
+            facts = [facts for _, facts in planner.models]
+            left_out = [path for path, _ in unused(job, facts, planner.resolver.brought)]
+            store.write("_ldm/job.yaml", job.resolved_yaml(left_out).encode())
             return planned
 
 
@@ -188,6 +191,7 @@ class _Planner:
                     f"stages.{i}.model: {stage.model} is not the model that stages.{i - 1} encodes with; give the same"
                 )
             image_loader(stage, facts, job.source)
+        refuse_unused(job, [facts for _, facts in self.models])
         self.adapters = [
             identify_adapters(i, stage, facts, job.source.storage_options)
             for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True))
@@ -253,6 +257,13 @@ class _Planner:
             )
         if num_wrong == num_pictures:
             raise JobError("\n".join(problems) + "\nno row can be made")
+        refuse_unused(self.job, [facts for _, facts in self.models], self.resolver.brought)
+        if self.resolver.by_caption and not self.resolver.has_captions:
+            raise JobError(
+                f"{_origin(self.job)}: no row has a caption, and embed makes embeddings of captions; a tar's are the "
+                ".txt beside its images or a field of their .json, which source.columns: {prompt: …} names, as it names "
+                "a table's column"
+            )
         # After the table: what it asks for itself is no addition.
         for row in self.resolver.beside():
             if row.key not in counts:

@@ -85,9 +85,12 @@ def find(
                 raise JobError(f"model {model}: no such built-in model; one of {', '.join(builtin_names())}")
             found = look(folder)
             return _local(model, folder, None), found
+        folder = Path(model).expanduser()
+        if revision and ("://" in model or folder.is_dir()):
+            where = "a URL" if "://" in model else "a folder here"
+            raise JobError(f"model {model}: this is {where}, and only a hub model has revisions; leave `revision` out")
         if "://" in model:
             return _find_url(model, variant, storage_options or {}, look)
-        folder = Path(model).expanduser()
         if folder.is_dir():
             # Before the digest: what is no model may be large.
             found = look(folder)
