@@ -7,6 +7,9 @@ from typing import Any
 
 CHUNK_ROWS = 20_000
 
+OF_THE_IMAGE = ("width", "height")
+"""What columns beside a picture tell of it, and no order for the one to make."""
+
 
 @dataclass
 class Chunk:

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipelines.errors import JobError
 from pipelines.stages import REFERENCES, STAGES, AnyStage, Pool, RowParameter, Stage, not_output
@@ -111,11 +120,17 @@ class Source(Section):
         return self
 
 
+# Where the job is read: a worker has another working directory.
+PemFile = Annotated[str, StringConstraints(min_length=1), AfterValidator(lambda path: str(Path(path).absolute()))]
+
+
 class Signing(Section):
     """Who signs the pictures, as C2PA's content credentials; the files are read where pictures are written."""
 
-    certificate: str = Field(description="PEM file of the signer's certificate and those above it, the signer's first")
-    private_key: str = Field(description="PEM file of its private key; never recorded")
+    certificate: PemFile = Field(
+        description="PEM file of the signer's certificate and those above it, the signer's first"
+    )
+    private_key: PemFile = Field(description="PEM file of its private key; never recorded")
     algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = Field(
         "es256", description="of the key: es256 for an elliptic curve P-256"
     )

@@ -220,7 +220,7 @@ class _Planner:
         problems: list[str] = []
         tables: list[pa.Table] = []
         num_source_rows = num_pictures = num_known = num_wrong = num_skipped = 0
-        for chunk in self._limited(read_source(self.job.source)):
+        for chunk in self._limited(read_source(self.job.source, "image" in self.resolver.takes)):
             num_source_rows += chunk.num_rows
             num_skipped += chunk.num_skipped
             fresh: list[PlannedRow] = []
@@ -260,9 +260,9 @@ class _Planner:
         refuse_unused(self.job, [facts for _, facts in self.models], self.resolver.brought)
         if self.resolver.by_caption and not self.resolver.has_captions:
             raise JobError(
-                f"{_origin(self.job)}: no row has a caption, and embed makes embeddings of captions; a tar's are the "
-                ".txt beside its images or a field of their .json, which source.columns: {prompt: …} names, as it names "
-                "a table's column"
+                f"{_origin(self.job)}: no row has a caption, and embed makes embeddings of captions; they come from a "
+                "column, or in tars from .txt or a field of .json beside the images: source.columns: {prompt: …} names "
+                "the column or field"
             )
         # After the table: what it asks for itself is no addition.
         for row in self.resolver.beside():

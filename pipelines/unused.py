@@ -1,6 +1,6 @@
 """Options that can have no effect on the job that they stand in: none is ignored in silence.
 
-Only what a user gave is refused, never a default; `null`, `""`, `false` and empty lists ask for nothing.
+Only what a user gave is refused, never a default; `null`, `""`, `false`, `none` and empty lists ask for nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def unused(job: Job, models: Sequence[ModelFacts], brought: Mapping[str, str] | 
         yield "seed", f"{ops} draws nothing at random here; leave it out"
     if not job.writes_pictures:
         for name in ("format", "quality", "embed_metadata"):
-            yield f"sink.{name}", f"{job.stages[-1].op} makes no pictures; leave it out"
+            if getattr(job.sink, name) != "none":
+                yield f"sink.{name}", f"{job.stages[-1].op} makes no pictures; leave it out"
     if is_local(job.sink.path):
         yield "sink.storage_options", f"{job.sink.path} is a folder of this machine; leave them out"
 
@@ -119,7 +120,7 @@ def _of_stage(i: int, stage: AnyStage, facts: ModelFacts) -> Unused:
     if isinstance(stage, Resized) and stage.resize == "nearest_multiple":
         for name in ("height", "width"):
             yield name, "resize: nearest_multiple keeps each image's own size; use fill or fit, or leave it out"
-    if isinstance(stage, ImageInput) and stage.resize == "exact":
+    if isinstance(stage, ImageInput) and stage.resize == "exact" and stage.image_decoding == "draft":
         yield "image_decoding", "resize: exact scales nothing down; leave it out"
 
 
@@ -128,7 +129,8 @@ def _of_rows(stage: AnyStage, there: frozenset[str]) -> Unused:
     sized = bool({"height", "width"} & there) or any(getattr(stage, name, None) for name in ("height", "width"))
     if isinstance(stage, Resized) and stage.resize in ("fill", "fit") and not sized:
         yield "resize", f"{stage.resize} what? give height and width, or use nearest_multiple, or leave it out"
-    if isinstance(stage, ImageInput) and not sized and getattr(stage, "resolution", None) is None:
+    keeps_size = isinstance(stage, ImageInput) and not sized and getattr(stage, "resolution", None) is None
+    if keeps_size and getattr(stage, "image_decoding", "exact") == "draft":
         yield "image_decoding", "images keep their size; give height and width, or leave it out"
     if isinstance(stage, Adapted) and _no_lora(stage) and "lora" not in there:
         yield "lora_scale", "there is no LoRA to scale; give lora or a column lora, or leave it out"

@@ -1,4 +1,4 @@
-"""No option is ignored in silence: what can have no effect is refused by name, and what is left at its default never."""
+"""No option is ignored in silence: what can have no effect is refused by name, and what is left out never."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ UNUSED: list[tuple[str, str, dict[str, Any], str]] = [
     (
         "sink.embed_metadata",
         "embed",
-        {"sink": {"embed_metadata": "none"}},
+        {"sink": {"embed_metadata": "a1111"}},
         "sink.embed_metadata: embed makes no pictur",
     ),
     ("sink.thumbnails", "encode", {"sink": {"thumbnails": 64}}, "sink.thumbnails: encode makes no pictures"),
@@ -300,7 +300,8 @@ USED: list[tuple[str, dict[str, Any]]] = [
     ("img2img", {"stage": {"resize": "fill"}, "row": {"width": 64}}),
     ("img2img", {"stage": {"image_decoding": "draft", "height": 64}}),
     ("encode", {"stage": {"image_decoding": "draft", "resolution": 64, "bucket_multiple": 8}}),
-    ("encode", {"stage": {"posterior": "sample"}, "seed": 7}),
+    ("encode", {"stage": {"posterior": "sample", "image_decoding": "exact"}, "seed": 7}),
+    ("encode", {"sink": {"embed_metadata": "none", "thumbnails": None}}),
     ("txt2img", {"stage": {"keep": True}, "later": {"op": "encode"}, "sink": {"format": "webp", "quality": 80}}),
     ("txt2img", {"stage": {"save_intermediates": 4, "num_inference_steps": 3}, "row": {"num_inference_steps": 8}}),
 ]
