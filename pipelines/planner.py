@@ -169,7 +169,8 @@ class _Planner:
         self.job = job
         self.limit = limit
         self.models = [
-            identify(stage.model, stage.revision, stage.variant, job.source.storage_options) for stage in job.stages
+            identify(stage.model, stage.revision, stage.variant, job.source.storage_options, stage.parts)
+            for stage in job.stages
         ]
         for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True)):
             if stage.op not in facts.ops:
