@@ -83,9 +83,9 @@ def _of_source(job: Job, facts: ModelFacts) -> Unused:
     if source.rows is not None:
         yield "source.format", "source.rows stand in the job itself; leave it out"
     ours = takes if stage.op == "embed" else takes | {"id"}
-    for name in source.columns.keys() - ours:
+    for name in sorted(source.columns.keys() - ours):
         yield f"source.columns.{name}", f"{_takes_no(stage, facts, name)}; leave it out"
-    for name in source.templates.keys() - takes:
+    for name in sorted(source.templates.keys() - takes):
         yield f"source.templates.{name}", f"{_takes_no(stage, facts, name)}; leave it out"
     if stage.op == "embed":
         yield "source.pass_through", "a caption stands for all rows that have it, so no column passes; leave it out"
@@ -128,7 +128,7 @@ def _of_rows(stage: AnyStage, there: frozenset[str]) -> Unused:
     """What has an effect where rows bring something; `there` is what they bring."""
     sized = bool({"height", "width"} & there) or any(getattr(stage, name, None) for name in ("height", "width"))
     if isinstance(stage, Resized) and stage.resize in ("fill", "fit") and not sized:
-        yield "resize", f"{stage.resize} what? give height and width, or use nearest_multiple, or leave it out"
+        yield "resize", f"{stage.resize} needs a size; give height and width, or use nearest_multiple, or leave it out"
     keeps_size = isinstance(stage, ImageInput) and not sized and getattr(stage, "resolution", None) is None
     if keeps_size and getattr(stage, "image_decoding", "exact") == "draft":
         yield "image_decoding", "images keep their size; give height and width, or leave it out"

@@ -106,8 +106,13 @@ UNUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ),
     ("background", "txt2img", {"stage": {"background": "#ffffff"}}, "stages.0.background: txt2img takes no image here"),
     ("", "txt2img", {"later": {"op": "encode", "background": "#000000"}}, "stages.1.background: pictures of the stage"),
-    ("resize", "img2img", {"stage": {"resize": "fill"}}, "stages.0.resize: fill what. give height and width"),
-    ("", "txt2img", {"later": {"op": "encode", "resize": "fit"}}, "stages.1.resize: fit what. give height and width"),
+    ("resize", "img2img", {"stage": {"resize": "fill"}}, "stages.0.resize: fill needs a size; give height and width"),
+    (
+        "",
+        "txt2img",
+        {"later": {"op": "encode", "resize": "fit"}},
+        "stages.1.resize: fit needs a size; give height and width",
+    ),
     (
         "height",
         "img2img",
