@@ -113,7 +113,7 @@ def test_half_a_jpeg_is_broken_in_a_tar_as_it_is_in_a_folder(
 
 
 def test_embed_of_samples_without_captions_says_what_is_missing(tiny_model: Path, tmp_path: Path) -> None:
-    members = {"a.png": png(), "b.png": png(1), "a.json": b'{"caption": "a circle"}'}
+    members = {"a.png": png(), "a.json": b'{"caption": "a circle"}', "b.png": png(1)}
     pack(tmp_path / "s.tar", members)
 
     def embed(**source: Any) -> Job:
