@@ -470,11 +470,7 @@ def test_latents_of_several_encoders_do_not_mix(
     assert {(row["status"], row["error_type"]) for row in found} == {("failed", "latents.encoder")}
 
 
-def test_an_output_without_latents_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="holds no latents; give the output of an encode job"):
-        LatentDataset(str(tmp_path))
-    with pytest.raises(JobError, match="rank 2 of world_size 2; 0 to 1"):
-        LatentDataset(str(tmp_path), rank=2, world_size=2)
+def test_batches_larger_than_every_bucket_are_refused_with_the_numbers(encoded: Path) -> None:
     for world_size, message in (
         (1, r"batch_size 64 × world_size 1 is more than the 11 rows of the largest bucket \(48×80 px\).*at most 11"),
         (4, "world_size 4 is more than the 11 rows .*, so an epoch would have no batch; use at most 2"),
@@ -482,6 +478,13 @@ def test_an_output_without_latents_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(JobError, match=message):
             LatentDataset(str(encoded), batch_size=64, world_size=world_size)
+
+
+def test_an_output_without_latents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="holds no latents; give the output of an encode job"):
+        LatentDataset(str(tmp_path))
+    with pytest.raises(JobError, match="rank 2 of world_size 2; 0 to 1"):
+        LatentDataset(str(tmp_path), rank=2, world_size=2)
     with pytest.raises(JobError, match="batch_size 0; 1 or more"):
         LatentDataset(str(tmp_path), batch_size=0)
 
