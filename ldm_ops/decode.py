@@ -23,6 +23,7 @@ class Decode(Op):
 
     reads: ClassVar[frozenset[str]] = frozenset({"latents"})
     writes: ClassVar[frozenset[str]] = frozenset({"image", "nsfw", "intermediates"})
+    parts: ClassVar[tuple[str, ...]] = ("vae",)
 
     model: ModelName = Field(description="the model that the latents come from: builtin:…, hub id, folder, s3")
     revision: str | None = Field(None, description="commit or tag of a hub model; needed there, and only there")

@@ -44,6 +44,7 @@ class Embed(Op):
 
     reads: ClassVar[frozenset[str]] = frozenset({"prompt"})
     writes: ClassVar[frozenset[str]] = frozenset({"prompt_embeds", "pooled_prompt_embeds", "prompt_truncated"})
+    parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
 
     model: ModelName = Field(description="a pipeline with text encoders: builtin:…, hub id, folder, s3")
     revision: str | None = Field(None, description="commit or tag of a hub model; needed there, and only there")

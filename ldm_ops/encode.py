@@ -25,6 +25,7 @@ class Encode(Op):
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "seed"})
     writes: ClassVar[frozenset[str]] = frozenset({"latents", "flipped"})
+    parts: ClassVar[tuple[str, ...]] = ("vae",)
 
     model: ModelName = Field(
         description="a pipeline with a `vae`, or an autoencoder alone: builtin:…, hub id, folder, s3"

@@ -29,6 +29,9 @@ class Op(BaseModel, ABC):
     run_only: ClassVar[frozenset[str]] = frozenset({"device"})
     """Fields that change how the work is done but not what comes out: they are no part of a row's key."""
 
+    parts: ClassVar[tuple[str, ...]] = ()
+    """How the names of a model's folders begin whose weights `load` reads; empty for all of them."""
+
     @abstractmethod
     def load(self, folder: Path) -> Any:
         """Load the weights from a local folder in diffusers' layout; slow, once per worker. Ops that take adapters

@@ -159,8 +159,9 @@ def identify_adapters(i: int, stage: AnyStage, facts: ModelFacts, storage_option
             ("controlnet", stage.controlnet, partial(check_controlnet, model=model, op=stage.op)),
         ):
             if reference is not None:
+                parts = ("vae",) if field_name == "vae" else ()
                 folders[field_name], _ = find(
-                    reference.model, reference.revision, reference.variant, storage_options, look
+                    reference.model, reference.revision, reference.variant, storage_options, look, parts
                 )
         embeddings: list[tuple[str, AdapterFile]] = []
         for n, embedding in enumerate(stage.textual_inversion):

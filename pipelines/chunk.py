@@ -7,6 +7,9 @@ from typing import Any
 
 CHUNK_ROWS = 20_000
 
+OF_THE_IMAGE = ("width", "height")
+"""What columns beside a picture tell of it, and no order for the one to make."""
+
 
 @dataclass
 class Chunk:
@@ -15,7 +18,7 @@ class Chunk:
     `has_header` says that every chunk of the file has the same columns. Relative paths in cells are relative to `base`.
     `versions` tells by column, where a source knows it, which version of each image is there: a content's sha256, or
     a store's mark. `problems` tells by row what is wrong with it already, and `num_skipped` what else the source holds
-    that is no row.
+    that is no row. `offered` are columns for the stages that take them, which pass through only by their names.
     """
 
     uri: str
@@ -27,3 +30,4 @@ class Chunk:
     versions: dict[str, list[str | None]] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
     num_skipped: int = 0
+    offered: frozenset[str] = frozenset()

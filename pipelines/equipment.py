@@ -62,11 +62,13 @@ def plan_models(
     Raises:
         JobError: they are no longer what they were.
     """
-    at_hand = {weights.revision: (weights, facts) for weights, facts in known}
+    at_hand = {(weights.revision, weights.parts): (weights, facts) for weights, facts in known}
     models = []
     for i, stage in enumerate(own.stages):
         wanted = plan.settings[f"stages.{i}.model_revision"]
-        found = at_hand.get(wanted) or identify(stage.model, stage.revision, stage.variant, storage_options)
+        found = at_hand.get((wanted, stage.parts)) or identify(
+            stage.model, stage.revision, stage.variant, storage_options, stage.parts
+        )
         if found[0].revision != wanted:
             raise JobError(
                 f"model {stage.model} has changed since plan {plan.plan_id} was made ({wanted}, now "

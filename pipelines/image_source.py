@@ -22,6 +22,9 @@ from pipelines.storage import Store, is_local, list_files
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 READERS = 16
+OFFERED = frozenset({"id", "image", "latents", "prompt", "negative_prompt"})
+"""What an earlier run's output offers the stages that take it; no table's own columns."""
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Kinds of picture that say how they were made."""
 
@@ -106,11 +109,15 @@ def _text(store: Store, name: str) -> str | None:
         return None
 
 
-def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True) -> Iterator[Chunk]:
+def read_earlier(
+    path: str, storage_options: dict[str, Any], alone: bool = True, with_images: bool = True
+) -> Iterator[Chunk]:
     """The pictures that an earlier run made, its `ok` rows, with their prompts and what passed through.
 
+    Without `with_images` only what is said of them, wherever they lie.
+
     Raises:
-        JobError: there is no manifest, or no picture in it.
+        JobError: there is no manifest, or no picture in it that can be read.
     """
     store = Store(path, storage_options)
     # Twice over the parts, since a manifest can be larger than the memory: what tells rows apart stands at their end.
@@ -121,7 +128,8 @@ def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True)
         schemas[table.schema] = None
         made = _made(table)
         held.update(made["format"].to_pylist())
-        _refuse_unreadable(path, made)
+        if with_images:
+            _refuse_unreadable(path, made)
         ids += made["id"].to_pylist()
     if not ids:
         raise JobError(f"source.path {path}: no picture of an earlier run there; give the output folder of a job")
@@ -135,7 +143,7 @@ def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True)
     while block := list(islice(rows, CHUNK_ROWS)):
         columns: dict[str, list[Any]] = {name: [row[name] for row in block] for name in passed}
         # A column that no row fills is not there, so that a stage that takes it says so.
-        if held - {"latents", "embeddings"}:
+        if with_images and held - {"latents", "embeddings"}:
             columns["image"] = [None if row["format"] in ("latents", "embeddings") else row["uri"] for row in block]
         if "latents" in held:
             rows_of = [(row["uri"], row.get("latents_row")) for row in block]
@@ -143,17 +151,30 @@ def read_earlier(path: str, storage_options: dict[str, Any], alone: bool = True)
         columns["id"] = [row["id"] if told_apart else row["key"] for row in block]
         versions: list[str | None] = [row["sha256"] for row in block]
         base = path.removeprefix("file://").rstrip("/")
-        yield Chunk(path, first, len(block), columns, base=base, versions=dict.fromkeys(("image", "latents"), versions))
+        yield Chunk(
+            path,
+            first,
+            len(block),
+            columns,
+            base=base,
+            versions=dict.fromkeys(("image", "latents"), versions),
+            offered=OFFERED,
+        )
         first += len(block)
 
 
 def _refuse_unreadable(path: str, made: pa.Table) -> None:
     for uri, format in zip(made["uri"].to_pylist(), made["format"].to_pylist(), strict=True):
         if "#" in uri or format == "jxl":
-            reason = "lies in one file with others" if "#" in uri else "is JPEG XL"
+            file = uri.partition("#")[0]
+            reason, instead = "is JPEG XL", "convert its pictures, or make them again with sink.format: png"
+            if file != uri and format != "jxl":
+                reason = "lies in one file with others"
+                kind = "webdataset" if file.endswith(".tar") else "parquet"
+                pattern = f"{path.rstrip('/')}/data/*{PurePosixPath(file).suffix}"
+                instead = f"read these files themselves, with source.path: {pattern} and source.format: {kind}"
             raise JobError(
-                f"source.path {path}: {uri} {reason}, which is no source; use an output with sink.layout files and "
-                "sink.format png, jpeg or webp"
+                f"source.path {path}: {uri} {reason}, which source.format: manifest cannot take pictures of; {instead}"
             )
 
 

@@ -416,6 +416,8 @@ def decode(
                     raise BadImage(
                         "image.too_large", f"{width} × {height} pixels; at most {MAX_PIXELS >> 20} Mi pixels"
                     )
+                if image.format in ("JPEG", "MPO") and not _has_end(data):
+                    raise BadImage("image.broken", "cut off, without the mark at a JPEG's end; is the copy whole?")
                 frames = getattr(image, "n_frames", 1)
                 # Many phones append a second picture to a JPEG (MPO); the first is the one that counts.
                 if frames > 1 and image.format not in ("JPEG", "MPO"):
@@ -438,6 +440,17 @@ def decode(
     except Exception as error:  # noqa: BLE001 - each of Pillow's decoders raises what it likes on broken data
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadImage("image.broken", f"cannot be decoded ({text})") from None
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether a JPEG's data end as they should. Where zeros fill what is missing, as in a download that was given its
+    size at once, its decoder makes grey of them and says nothing."""
+    at = 2
+    # Over the segments before the data: they may hold a small picture with an end of its own.
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 1 if data[at + 1 : at + 2] == b"\xff" else 2 + length
+    return data.find(b"\xff\xd9", at) >= 0
 
 
 def to_rgb(image: Image.Image, background: str) -> Image.Image:

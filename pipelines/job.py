@@ -6,17 +6,29 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipelines.errors import JobError
 from pipelines.stages import REFERENCES, STAGES, AnyStage, Pool, RowParameter, Stage, not_output
 from pipelines.yaml_file import Document, override, read_yaml
 
 SCHEMA_HEADER = "# yaml-language-server: $schema="
+
+READ_ONLY = frozenset({"http", "https", "data", "git", "github", "gist", "zip", "tar", "libarchive", "reference"})
+"""Where fsspec reads, and no output can lie."""
 
 HOST = re.compile(r"((\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 """A name, all names below one, or an address; with a port or without."""
@@ -108,11 +120,17 @@ class Source(Section):
         return self
 
 
+# Where the job is read: a worker has another working directory.
+PemFile = Annotated[str, StringConstraints(min_length=1), AfterValidator(lambda path: str(Path(path).absolute()))]
+
+
 class Signing(Section):
     """Who signs the pictures, as C2PA's content credentials; the files are read where pictures are written."""
 
-    certificate: str = Field(description="PEM file of the signer's certificate and those above it, the signer's first")
-    private_key: str = Field(description="PEM file of its private key; never recorded")
+    certificate: PemFile = Field(
+        description="PEM file of the signer's certificate and those above it, the signer's first"
+    )
+    private_key: PemFile = Field(description="PEM file of its private key; never recorded")
     algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = Field(
         "es256", description="of the key: es256 for an elliptic curve P-256"
     )
@@ -243,6 +261,8 @@ class Job(Section):
             scheme, colon, rest = place.partition("://")
             if colon and "@" in rest.partition("/")[0] and ":" in rest.partition("@")[0]:
                 raise ValueError(f"{name}: holds a password; give it in storage_options or the environment")
+            if name == "sink.path" and colon and scheme.lower() in READ_ONLY:
+                raise ValueError(f"{name}: {place}: nothing can be written over {scheme}; use a folder or s3://…")
             if (colon and scheme == "file" and not rest.startswith("/")) or (colon and not rest.strip("/")):
                 raise ValueError(f"{name}: {place} names no place; use a folder, file:///folder or s3://bucket/prefix")
             if not colon and re.match(r"^[a-z][a-z0-9]+:", place):
@@ -258,11 +278,23 @@ class Job(Section):
             return self.sink.layout
         return MADE_OF.get(self.stages[-1].op, "files")
 
-    def resolved_yaml(self) -> str:
-        """What `_ldm/job.yaml` keeps: every default filled in, no storage option."""
+    @property
+    def writes_pictures(self) -> bool:
+        """Whether any stage's pictures become files."""
+        return self.layout not in MADE_OF.values() or any(stage.keep for stage in self.stages)
+
+    def resolved_yaml(self, left_out: Iterable[str] = ()) -> str:
+        """What `_ldm/job.yaml` keeps: every default filled in, no storage option, none of the paths `left_out`."""
         import yaml
 
-        return yaml.safe_dump(self.recorded(), sort_keys=False, allow_unicode=True)
+        data = self.recorded()
+        for path in left_out:
+            *way, last = path.split(".")
+            section: Any = data
+            for step in way:
+                section = section[int(step)] if isinstance(section, list) else section[step]
+            section.pop(last, None)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
     def recorded(self) -> dict[str, Any]:
         """The job as plain values without storage options, which may hold secrets, and without who signs."""
@@ -270,8 +302,10 @@ class Job(Section):
         return self.model_dump(mode="json", exclude=left_out)
 
     def picture_settings(self) -> dict[str, Any]:
-        """What of the sink decides over the bytes of a picture."""
+        """What of the sink decides over the bytes of a picture; nothing where none is written."""
         sink = self.sink
+        if not self.writes_pictures:
+            return {}
         return {
             "format": sink.format,
             "quality": (sink.quality or 95) if sink.format == "jpeg" else sink.quality,
@@ -295,7 +329,8 @@ class Job(Section):
         stages = [stage.model_dump(mode="json", exclude=pool | not_output(stage)) for stage in self.stages]
         source = self.source.model_dump(mode="json", include={"columns", "templates", "matrix", "pass_through"})
         rest = {"name": self.name, "seed": self.seed, "source": source, "stages": stages}
-        return flatten({**rest, "sink": self.picture_settings()}) | self.shape_settings()
+        pictures = self.picture_settings()
+        return flatten({**rest, **({"sink": pictures} if pictures else {})}) | self.shape_settings()
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:

@@ -176,6 +176,15 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self.num_threads = num_threads
         self.caption_dropout = caption_dropout
         self.buckets = find_buckets(self.store, storage_options)
+        if not len(self):
+            bucket = max(self.buckets, key=lambda bucket: bucket.num_rows)
+            size = "×".join(str(side * bucket.head.factor) for side in reversed(bucket.head.shape[1:]))
+            most = bucket.num_rows // world_size
+            less = f"use at most {most}" if most else f"{world_size} ranks are too many"
+            raise JobError(
+                f"batch_size {batch_size} × world_size {world_size} is more than the {bucket.num_rows} rows of the "
+                f"largest bucket ({size} px), so an epoch would have no batch; {less}"
+            )
         self.embeddings = None if text_embeddings is None else TextEmbeddings(text_embeddings, storage_options)
         if self.embeddings is not None:
             self._refuse_missing(self.embeddings)

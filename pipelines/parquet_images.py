@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.chunk import CHUNK_ROWS, Chunk
+from pipelines.chunk import CHUNK_ROWS, OF_THE_IMAGE, Chunk
 from pipelines.errors import JobError
 from pipelines.pieces import Cell
 
@@ -45,9 +45,12 @@ def read_parquet(uri: str, file: IO[bytes], images: Collection[str]) -> Iterator
     if twice:
         raise JobError(f"{uri}: column {twice[0]!r} stands twice in the table; rename one")
     held = {f.name for f in parquet.schema_arrow if _is_image(f.type) or (f.name in images and _is_binary(f.type))}
+    # As beside the pictures of a tar: they tell of what is there, and order nothing.
+    told = {name: f"input.{name}" for name in OF_THE_IMAGE if held and f"input.{name}" not in names}
     first = 1
     for columns, versions in _blocks(uri.rpartition("/")[2], parquet, held):
         rows = len(columns[names[0]]) if names else 0
+        columns = {told.get(name, name): column for name, column in columns.items()}
         yield Chunk(uri, first, rows, columns, versions=versions)
         first += rows
 

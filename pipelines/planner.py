@@ -43,6 +43,7 @@ from pipelines.signing import Signer
 from pipelines.source import read_source
 from pipelines.stages import SCALES
 from pipelines.storage import Store, is_local
+from pipelines.unused import refuse_unused, unused
 from pipelines.weights import Weights, identify
 
 SHARDS_PER_FILE = 64
@@ -130,7 +131,9 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
         if planned.new is None or planned.table is None:
             return planned
         if add_plan(store, len(plans) + 1, planned.new, _row_files(planned.new, planned.table)):
-            store.write("_ldm/job.yaml", job.resolved_yaml().encode())
+            facts = [facts for _, facts in planner.models]
+            left_out = [path for path, _ in unused(job, facts, planner.resolver.brought)]
+            store.write("_ldm/job.yaml", job.resolved_yaml(left_out).encode())
             return planned
 
 
@@ -160,7 +163,8 @@ class _Planner:
         self.job = job
         self.limit = limit
         self.models = [
-            identify(stage.model, stage.revision, stage.variant, job.source.storage_options) for stage in job.stages
+            identify(stage.model, stage.revision, stage.variant, job.source.storage_options, stage.parts)
+            for stage in job.stages
         ]
         for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True)):
             if stage.op not in facts.ops:
@@ -182,6 +186,7 @@ class _Planner:
                     f"stages.{i}.model: {stage.model} is not the model that stages.{i - 1} encodes with; give the same"
                 )
             image_loader(stage, facts, job.source)
+        refuse_unused(job, [facts for _, facts in self.models])
         self.adapters = [
             identify_adapters(i, stage, facts, job.source.storage_options)
             for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True))
@@ -210,7 +215,7 @@ class _Planner:
         problems: list[str] = []
         tables: list[pa.Table] = []
         num_source_rows = num_pictures = num_known = num_wrong = num_skipped = 0
-        for chunk in self._limited(read_source(self.job.source)):
+        for chunk in self._limited(read_source(self.job.source, "image" in self.resolver.takes)):
             num_source_rows += chunk.num_rows
             num_skipped += chunk.num_skipped
             fresh: list[PlannedRow] = []
@@ -247,6 +252,13 @@ class _Planner:
             )
         if num_wrong == num_pictures:
             raise JobError("\n".join(problems) + "\nno row can be made")
+        refuse_unused(self.job, [facts for _, facts in self.models], self.resolver.brought)
+        if self.resolver.by_caption and not self.resolver.has_captions:
+            raise JobError(
+                f"{_origin(self.job)}: no row has a caption, and embed makes embeddings of captions; they come from a "
+                "column, or in tars from .txt or a field of .json beside the images: source.columns: {prompt: …} names "
+                "the column or field"
+            )
         # After the table: what it asks for itself is no addition.
         for row in self.resolver.beside():
             if row.key not in counts:

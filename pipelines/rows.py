@@ -38,6 +38,7 @@ from pipelines.errors import JobError
 from pipelines.job import Job, digest
 from pipelines.references import BadReference, References, box
 from pipelines.stages import ROW_PARAMETERS, AnyStage, output_settings, row_parameters
+from pipelines.unused import BROUGHT_BY_ROWS, unused_columns
 from pipelines.weights import Weights
 
 PROTOCOL = 4
@@ -79,7 +80,7 @@ class Resolver:
         facts = models[0][1]
         self.job = job
         self.by_caption = stage.op == "embed"
-        self.takes = row_parameters(stage)
+        self.takes = row_parameters(stage, facts)
         self.references = References(source.storage_options, source.allow_hosts)
         self.adapters = adapters[0]
         self.loras = LoraReader(self.adapters, Path(facts.folder))
@@ -159,6 +160,10 @@ class Resolver:
                 **job.picture_settings(),
             }
         )
+        # What rows and axes set of what decides whether an option has an effect: each with where.
+        self.brought = {name: f"source.matrix.{name}" for name, _ in self.axes}
+        self._watched = self.takes.intersection(BROUGHT_BY_ROWS) | unused_columns(stage, facts).keys()
+        self.has_captions = False
         self._cache: dict[str, dict[Any, tuple[Any, str | None]]] = {name: {} for name in self.readers}
 
     def _of_job(self, where: str, name: str, value: Any) -> Any:
@@ -234,7 +239,7 @@ class Resolver:
         return [
             (name, column)
             for name, column in chunk.columns.items()
-            if name not in used and (wanted == "all" or name in wanted)
+            if name not in used and (name not in chunk.offered if wanted == "all" else name in wanted)
         ]
 
     def rows(self, chunk: Chunk) -> Iterator[PlannedRow]:
@@ -242,6 +247,7 @@ class Resolver:
         if chunk.num_rows == 0:
             return
         self.check_columns(chunk)
+        self._watch(chunk)
         raw = {name: chunk.columns.get(self.column(name)) for name in ("id", *self.takes)}
         if self.by_caption:
             raw["id"] = None
@@ -265,10 +271,21 @@ class Resolver:
                 if prompt is None or (not prompt.strip() and prompt != self.defaults["prompt"]):
                     raise Wrong("prompt is empty")
                 versions = self._place(chunk, values, i)
+                self.has_captions = self.has_captions or prompt != ""
             except Wrong as error:
                 yield self._wrong(chunk, raw, i, str(error))
                 continue
             yield from self._expand(row_id, values, versions, i, cells)
+
+    def _watch(self, chunk: Chunk) -> None:
+        """Remember which columns bring something, for `refuse_unused`."""
+        for name in self._watched - self.brought.keys():
+            theirs = self.column(name)
+            # What a file with pictures says beside them tells how they were made.
+            if name not in self.takes and self.column("image") in chunk.versions:
+                continue
+            if not all(is_missing(cell) for cell in chunk.columns.get(theirs, ())):
+                self.brought[name] = f"{chunk.uri}: column {theirs!r}"
 
     def beside(self) -> list[PlannedRow]:
         """Rows of a job whatever its table holds: of embed the null caption, which guidance is trained on."""

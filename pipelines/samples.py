@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.chunk import CHUNK_ROWS, Chunk
+from pipelines.chunk import CHUNK_ROWS, OF_THE_IMAGE, Chunk
 from pipelines.errors import JobError
 from pipelines.image_source import IMAGE_SUFFIXES
 from pipelines.pieces import Bytes
@@ -33,9 +33,6 @@ HASHED_AT_A_TIME = 1 << 20
 READERS = 16
 FILES_AT_A_TIME = 1024
 READ_AHEAD = 4 << 20
-
-OF_THE_IMAGE = ("width", "height")
-"""What metadata tell of the picture that is there, and no order for the one to make."""
 
 
 @dataclass

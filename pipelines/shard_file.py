@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,13 +60,21 @@ class Picture:
 
 
 def described(row: Mapping[str, Any], passed: Iterable[str]) -> dict[str, Any]:
-    """What JSON says of a picture: its row's DESCRIPTION and what passed through; JSON has no NaN."""
-    values = {name: row.get(name) for name in (*DESCRIPTION, *passed)}
-    return {name: None if isinstance(value, float) and value != value else value for name, value in values.items()}
+    """What JSON says of a picture: its row's DESCRIPTION and what passed through; JSON has no NaN and no
+    infinity, at any depth, and gets null."""
+    return {name: _finite(row.get(name)) for name in (*DESCRIPTION, *passed)}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str).encode("utf-8", "replace")
 
 
 def write(kind: Kind, pictures: Sequence[Picture], passed: Sequence[pa.Field]) -> tuple[bytes, list[str]]:

@@ -141,7 +141,7 @@ class ShardWriter:
             put((uri, data))
             stages[early["stage"]] |= {"uri": uri, "sha256": sha256, "num_bytes": len(data)}
         is_picture = row["status"] == "ok" and row["pixels"] is not None
-        record["intermediates"] = self._intermediates(row, index, put) if is_picture else []
+        record["intermediates"] = self._intermediates(row, index, put) if row["status"] == "ok" else []
         if is_picture:
             pixels = unpack(row["pixels"])
             data = self._encode(pixels, record)

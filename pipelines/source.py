@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -36,8 +37,8 @@ MAX_PER_REQUEST = 1000
 MAX_FIELD_CHARS = 1 << 20
 
 
-def read_source(source: Source) -> Iterator[Chunk]:
-    """Every chunk of every file of `source`, in a fixed order.
+def read_source(source: Source, with_images: bool = True) -> Iterator[Chunk]:
+    """Every chunk of every file of `source`, in a fixed order; without `with_images` nobody will look at its pictures.
 
     Raises:
         JobError: no such file, an unknown format, or a file that is not what its ending says.
@@ -57,7 +58,11 @@ def read_source(source: Source) -> Iterator[Chunk]:
         return
     images = source.format == "auto" and all(holds_images(path) for path in paths)
     if source.format in ("images", "parameters", "manifest") or images:
-        read = {"parameters": read_parameters, "manifest": read_earlier}.get(source.format, list_images)
+        read: Callable[[str, dict[str, Any], bool], Iterator[Chunk]] = list_images
+        if source.format == "manifest":
+            read = partial(read_earlier, with_images=with_images)
+        elif source.format == "parameters":
+            read = read_parameters
         for path in paths:
             yield from read(path, source.storage_options, len(paths) == 1)
         return
@@ -112,7 +117,9 @@ def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
     except FileNotFoundError:
         raise JobError(f"source.path {uri}: no such file") from None
     except IsADirectoryError:
-        raise JobError(f"source.path {uri} is a folder; name a file, or a pattern such as {uri}/*.csv") from None
+        ending = next(ending for ending, one in FORMATS.items() if one == kind)
+        folder = uri.rstrip("/")
+        raise JobError(f"source.path {uri} is a folder; name a file, or a pattern such as {folder}/*{ending}") from None
     except UnicodeDecodeError as error:
         raise JobError(f"{uri}: not UTF-8 (byte {error.object[error.start]:#04x}); save the table as UTF-8") from None
     except PermissionError:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from ldm_ops.decode import Decode
+from ldm_ops.describe import PLAIN_UPSCALER, ModelFacts
 from ldm_ops.embed import Embed
 from ldm_ops.encode import Encode
 from ldm_ops.img2img import Img2Img
@@ -272,15 +273,21 @@ def reads(stage: AnyStage) -> frozenset[str]:
     return stage.reads | ({"control_image"} if control else frozenset())
 
 
-def row_parameters(stage: AnyStage) -> frozenset[str]:
-    """The columns that set a parameter of `stage`, where it is a job's first; `height` and `width` among them."""
-    own = {name for name in ("height", "width") if name in type(stage).model_fields}
+def row_parameters(stage: AnyStage, facts: ModelFacts | None = None) -> frozenset[str]:
+    """The columns that set a parameter of `stage`, where it is a job's first; `height` and `width` among them.
+
+    With `facts` only those that its model takes notice of.
+    """
+    # Buckets make the sizes: then a table's own tell of the images that are there.
+    bucketed = isinstance(stage, Buckets) and stage.resolution is not None
+    own = {name for name in ("height", "width") if name in type(stage).model_fields and not bucketed}
+    blind = {"negative_prompt", "guidance_scale"} if facts is not None and facts.pipeline == PLAIN_UPSCALER else set()
     # Latents keep their captions, which a training joins to their embeddings.
     captions = {"prompt"} if stage.op in ("encode", "decode") else set()
     adapters = {"lora", "lora_scale"} if isinstance(stage, Adapted) else set()
     if "control_image" in reads(stage):
         adapters.add("controlnet_conditioning_scale")
-    return (reads(stage) & frozenset(ROW_PARAMETERS)) | own | captions | adapters
+    return (reads(stage) & frozenset(ROW_PARAMETERS) - blind) | own | captions | adapters
 
 
 def not_output(stage: AnyStage) -> set[str]:

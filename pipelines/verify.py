@@ -387,7 +387,7 @@ def _decode(
         assert isinstance(stage, EncodeStage)
         op = Decode(**{name: getattr(stage, name) for name in ("model", "revision", "variant", "dtype", "device")})
         if plan.plan_id not in models:
-            weights, facts = identify(stage.model, stage.revision, stage.variant, options)
+            weights, facts = identify(stage.model, stage.revision, stage.variant, options, stage.parts)
             wanted = plan.settings[f"stages.{len(job.stages) - 1}.model_revision"]
             if weights.revision != wanted:
                 raise JobError(f"model {stage.model} is {weights.revision} now, the latents are of {wanted}")

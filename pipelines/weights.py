@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,9 @@ from pipelines.storage import Store
 
 BUILTIN = Path(ldm_ops.builtin.__file__).parent
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+ALONE = "diffusion_pytorch_model"
+"""How weights at the top are called: those of an autoencoder that is a model of its own."""
+
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 Found = TypeVar("Found")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -32,7 +36,10 @@ _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights. `revision` is exact: a commit, or a digest of the files. `num_bytes` is 0 where unknown."""
+    """One set of weights. `revision` is exact: a commit, or a digest of the files. `num_bytes` is 0 where unknown.
+
+    Where `parts` are named, only folders whose names begin so are weighed and fetched.
+    """
 
     name: str
     revision: str
@@ -40,6 +47,7 @@ class Weights:
     location: str
     variant: str | None = None
     num_bytes: int = 0
+    parts: tuple[str, ...] = ()
     storage_options: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 
@@ -48,7 +56,11 @@ def builtin_names() -> list[str]:
 
 
 def identify(
-    model: str, revision: str | None, variant: str | None = None, storage_options: dict[str, Any] | None = None
+    model: str,
+    revision: str | None,
+    variant: str | None = None,
+    storage_options: dict[str, Any] | None = None,
+    parts: tuple[str, ...] = (),
 ) -> tuple[Weights, ModelFacts]:
     """Find out which exact weights `model` names and what they are, without loading them.
 
@@ -56,7 +68,7 @@ def identify(
         JobError: no such model, no revision for a hub id, or a folder that may not be loaded.
     """
     try:
-        return find(model, revision, variant, storage_options, describe)
+        return find(model, revision, variant, storage_options, describe, parts)
     except NotAModel as error:
         raise JobError(f"model {model}: {error}") from None
 
@@ -67,6 +79,7 @@ def find(
     variant: str | None,
     storage_options: dict[str, Any] | None,
     look: Callable[[Path], Found],
+    parts: tuple[str, ...] = (),
 ) -> tuple[Weights, Found]:
     """The exact weights that `model` names, and what `look` finds in a folder with their JSON files.
 
@@ -84,32 +97,42 @@ def find(
             if name not in builtin_names():
                 raise JobError(f"model {model}: no such built-in model; one of {', '.join(builtin_names())}")
             found = look(folder)
-            return _local(model, folder, None), found
-        if "://" in model:
-            return _find_url(model, variant, storage_options or {}, look)
+            return _local(model, folder, None, parts), found
         folder = Path(model).expanduser()
+        if revision and ("://" in model or folder.is_dir()):
+            where = "a URL" if "://" in model else "a folder here"
+            raise JobError(f"model {model}: this is {where}, and only a hub model has revisions; leave `revision` out")
+        if "://" in model:
+            return _find_url(model, variant, storage_options or {}, look, parts)
         if folder.is_dir():
             # Before the digest: what is no model may be large.
             found = look(folder)
             if variant and not any(folder.rglob(f"*.{variant}*.safetensors")):
                 raise JobError(f"model {model}: no weights of variant {variant} in {folder}; leave `variant` out")
-            return _local(model, folder.resolve(), variant), found
+            return _local(model, folder.resolve(), variant, parts), found
         if not HUB_ID.match(model) or model.startswith("."):
             raise JobError(
                 f"model {model}: no such folder; give builtin:NAME, org/name with revision, a folder or s3://…"
             )
-        return _find_hub(model, revision, variant, look)
+        return _find_hub(model, revision, variant, look, parts)
     except OSError as error:
         raise JobError(f"model {model}: {error.filename} cannot be read ({error.strerror})") from None
 
 
-def _local(model: str, folder: Path, variant: str | None) -> Weights:
-    return Weights(model, digest_folder(folder), "folder", str(folder), variant, weights_bytes(folder))
+def _local(model: str, folder: Path, variant: str | None, parts: tuple[str, ...]) -> Weights:
+    size = weights_bytes(folder, parts)
+    return Weights(model, digest_folder(folder), "folder", str(folder), variant, size, parts)
 
 
-def weights_bytes(folder: Path) -> int:
-    """Size of all safetensors under a folder; 0 where that is not known yet."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+def weights_bytes(folder: Path, parts: tuple[str, ...] = ()) -> int:
+    """Size of the safetensors under a folder; 0 where that is not known yet."""
+    files = (path for path in folder.rglob("*.safetensors") if _is_of(path.relative_to(folder).as_posix(), parts))
+    return sum(path.stat().st_size for path in files)
+
+
+def _is_of(path: str, parts: tuple[str, ...]) -> bool:
+    """Whether weights belong to one of the parts, or are those of an autoencoder that is a model of its own."""
+    return not parts or path.startswith((*parts, ALONE))
 
 
 def digest_folder(folder: Path) -> str:
@@ -138,8 +161,11 @@ def fetch(weights: Weights) -> Path:
             raise StorageError(f"model {weights.name}: {weights.location} is not on this node; use s3://… or a hub id")
         return Path(weights.location)
     if weights.kind == "hub":
-        return _hub_folder(weights.location, weights.revision, weights.variant, _hub_patterns(weights.variant))
+        patterns = _hub_patterns(weights.variant, weights.parts)
+        return _hub_folder(weights.location, weights.revision, weights.variant, patterns)
     target = cache_folder() / weights.revision
+    if weights.parts and not target.is_dir():
+        target = target.with_name(f"{weights.revision}.{'+'.join(weights.parts)}")
     with one_at_a_time(target):
         if not target.is_dir():
             _download(weights, target, WANTED)
@@ -151,7 +177,8 @@ def _download(weights: Weights, target: Path, patterns: tuple[str, ...]) -> None
     partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         for path in store.list(""):
-            if any(Path(path).match(pattern) for pattern in patterns):
+            left_out = path.endswith(".safetensors") and not _is_of(path, weights.parts)
+            if not left_out and any(Path(path).match(pattern) for pattern in patterns):
                 (partial / path).parent.mkdir(parents=True, exist_ok=True)
                 store.filesystem.get_file(store.uri(path), str(partial / path))
         partial.rename(target)
@@ -160,7 +187,11 @@ def _download(weights: Weights, target: Path, patterns: tuple[str, ...]) -> None
 
 
 def _find_url(
-    model: str, variant: str | None, storage_options: dict[str, Any], look: Callable[[Path], Found]
+    model: str,
+    variant: str | None,
+    storage_options: dict[str, Any],
+    look: Callable[[Path], Found],
+    parts: tuple[str, ...],
 ) -> tuple[Weights, Found]:
     store = Store(model, storage_options)
     listing = store.filesystem.find(model, detail=True) if store.list("") else {}
@@ -171,8 +202,13 @@ def _find_url(
         info = listing[name]
         mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
         total.update(f"{name} {info['size']} {mark}\n".encode())
-    size = sum(int(info["size"]) for name, info in listing.items() if name.endswith(".safetensors"))
-    weights = Weights(model, total.hexdigest()[:16], "url", model.rstrip("/"), variant, size, storage_options)
+    root = f"{store.filesystem._strip_protocol(model).rstrip('/')}/"
+    size = sum(
+        int(info["size"])
+        for name, info in listing.items()
+        if name.endswith(".safetensors") and _is_of(name.removeprefix(root), parts)
+    )
+    weights = Weights(model, total.hexdigest()[:16], "url", model.rstrip("/"), variant, size, parts, storage_options)
     folder = cache_folder() / weights.revision
     if folder.is_dir():
         return weights, look(folder)
@@ -189,14 +225,15 @@ def _find_url(
 
 
 def _find_hub(
-    model: str, revision: str | None, variant: str | None, look: Callable[[Path], Found]
+    model: str, revision: str | None, variant: str | None, look: Callable[[Path], Found], parts: tuple[str, ...]
 ) -> tuple[Weights, Found]:
     commit = commit_of(model, revision)
     folder = _hub_folder(model, commit, variant, ["*.json"])
     commit = folder.name if _COMMIT.match(folder.name) else commit
-    whole = _hub_folder(model, commit, variant, _hub_patterns(variant), offline=True) if _is_cached(folder) else None
+    patterns = _hub_patterns(variant, parts)
+    whole = _hub_folder(model, commit, variant, patterns, offline=True) if _is_cached(folder, parts) else None
     found = look(whole or _with_names(model, commit, folder))
-    return Weights(model, commit, "hub", model, variant, weights_bytes(whole) if whole else 0), found
+    return Weights(model, commit, "hub", model, variant, weights_bytes(whole, parts) if whole else 0, parts), found
 
 
 def commit_of(model: str, revision: str | None) -> str:
@@ -220,8 +257,14 @@ def commit_of(model: str, revision: str | None) -> str:
         raise JobError(hub_problem(model, revision, error)) from None
 
 
-def _is_cached(folder: Path) -> bool:
-    return any(folder.rglob("*.safetensors"))
+def _is_cached(folder: Path, parts: tuple[str, ...]) -> bool:
+    """Whether weights are there for every part: a job before this one may have needed some of them only."""
+    index = folder / "model_index.json"
+    named: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        named = json.loads(index.read_text(encoding="utf-8"))
+    homes = [folder / name for name in named if _is_of(name, parts) and (folder / name / "config.json").exists()]
+    return all(any(home.glob("*.safetensors")) for home in homes or [folder])
 
 
 def _with_names(model: str, commit: str, folder: Path) -> Path:
@@ -262,11 +305,11 @@ def _hub_folder(model: str, revision: str, variant: str | None, wanted: list[str
         raise JobError(hub_problem(model, revision, error)) from None
 
 
-def _hub_patterns(variant: str | None) -> list[str]:
+def _hub_patterns(variant: str | None, parts: tuple[str, ...]) -> list[str]:
     """What a pipeline needs of a repository; a checkpoint in one file at the top is something else."""
-    weights = [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"] if variant else ["*/*.safetensors"]
-    # At the top only an autoencoder that is a repository of its own.
-    return ["*.json", "*.txt", "*.model", *weights, "diffusion_pytorch_model*.safetensors"]
+    files = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else ["*.safetensors"]
+    weights = [f"{part}*/{file}" for part in parts or ("",) for file in files]
+    return ["*.json", "*.txt", "*.model", *weights, f"{ALONE}*.safetensors"]
 
 
 def hub_problem(model: str, revision: str, error: BaseException) -> str:

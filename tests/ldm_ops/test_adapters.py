@@ -95,6 +95,30 @@ def test_a_scale_changes_without_loading_the_file_again(
     assert same(op.run(model, prompts(3, loras=[(copy, 0.5)])), [first[0]["image"]])
 
 
+def test_a_lora_that_memory_is_too_short_for_leaves_the_model_as_it_was_and_can_be_tried_again(
+    tiny_model: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = Txt2Img(model="x")
+    model = op.load(tiny_model)
+    without = op.run(model, prompts(3))[0]["image"]
+    styled = op.run(op.load(tiny_model), prompts(3, loras=[(files["ink"], 1.0)]))[0]["image"]
+    load = model.pipe.load_lora_weights
+
+    def without_room(*arguments: Any, **options: Any) -> None:
+        # The last of its layers finds none.
+        load(*arguments, **options)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(model.pipe, "load_lora_weights", without_room)
+    with pytest.raises(RuntimeError, match="allocate memory") as caught:
+        op.run(model, prompts(3, loras=[(files["ink"], 1.0)]))
+    assert op.is_out_of_memory(caught.value)
+    assert not [name for name, _ in model.pipe.unet.named_modules() if "lora" in name]
+    assert same(op.run(model, prompts(3)), [without])
+    monkeypatch.undo()
+    assert same(op.run(model, prompts(3, loras=[(files["ink"], 1.0)])), [styled])
+
+
 @pytest.mark.parametrize("save", [models.save_sdxl, models.save_sd3])
 def test_other_families_take_loras(save: Any, tmp_path: Path) -> None:
     save(tmp_path / "model")

@@ -174,8 +174,8 @@ def test_an_adapter_is_part_of_the_key_by_its_content_and_one_that_is_not_used_i
     plain = keys(make_job())
     copy = tmp_path / "copy.safetensors"
     shutil.copy(files["ink"], copy)
-    assert keys(make_job({"loras": {"ink": str(files["ink"])}})) == plain
-    assert keys(make_job({"lora_scale": 0.3})) == plain
+    assert keys(make_job({"loras": {"ink": str(files["ink"])}, "lora": "none"})) == plain
+    assert keys(make_job({"lora": "none", "lora_scale": 0.3})) == plain
     none = {"rows": [{"prompt": "a red circle", "lora": "none"}, {"prompt": "b", "lora": str(copy)}]}
     assert plain[0] in keys(make_job({"lora": str(copy)}, source=none))
     used = keys(make_job({"lora": str(files["ink"])}))
@@ -350,9 +350,9 @@ def test_an_earlier_plan_is_not_finished_with_other_adapters(
     models.save_vae(folder, seed=5)
     now = plan(job, extend=True)
     assert len(now.plans) == 2
-    assert plan_adapters(now.plans[1], job, now, now.models, {}) == now.adapters
+    assert plan_adapters(now.plans[1], job, now.adapters, now.models, {}) == now.adapters
     with pytest.raises(JobError, match="an adapter .* has changed since plan"):
-        plan_adapters(earlier.plans[0], job, now, now.models, {})
+        plan_adapters(earlier.plans[0], job, now.adapters, now.models, {})
     models_then = earlier.adapters[0].vae
     assert models_then is not None
     assert models_then.revision != (now.adapters[0].vae or models_then).revision

@@ -56,6 +56,7 @@ BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("path: a.csv", "path: 'http://u:pw@h/a.csv'", "source.path: holds a password; give it in storage_options"),
         ("out/x", "'s3:/b/x'", "sink.path: s3:/b/x: a URL has two slashes, as in s3://bucket/prefix"),
         ("out/x", "'s3://'", "sink.path: s3:// names no place; use a folder, file:///folder or s3://bucket/prefix"),
+        ("out/x", "'http://h/x'", "sink.path: http://h/x: nothing can be written over http; use a folder or s3://"),
         ("out/x", "'~/x'", "~ is not expanded here; write ${env:HOME}, or the whole path"),
         ("name: x", "name: !!python/object:os.system x", "not valid YAML: could not determine a constructor"),
     ],

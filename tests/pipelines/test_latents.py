@@ -26,6 +26,7 @@ from pipelines.errors import JobError
 from pipelines.latents import LatentDataset, _taken
 from pipelines.latents_file import LatentsHead, NotLatents, mapped, open_safetensors, read_latents, write_latents
 from pipelines.loading import LoadShard
+from pipelines.manifest import SCHEMA
 from pipelines.planner import check, plan
 from pipelines.runner import run
 from pipelines.storage import Store
@@ -115,6 +116,22 @@ def test_what_went_through_files_decodes_as_it_does_in_one_process(
     with Image.open(tmp_path / made["0"]["uri"]) as image:
         assert np.array_equal(np.asarray(image), expected)
     assert len(made) == 22
+    # What an encode job's output offers other stages is no column of its table.
+    assert pipelines.read_manifest(tmp_path).column_names == SCHEMA.names
+
+
+def test_a_chain_keeps_the_intermediates_of_the_stage_before_encode(
+    ray_session: None, tiny_model: Path, tmp_path: Path
+) -> None:
+    first = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 4, "save_intermediates": 2}
+    last = {"op": "encode", "model": str(tiny_model)}
+    run(encode_job(tmp_path, [{"prompt": "a red circle"}], *({**one, "batch_size": 1} for one in (first, last))))
+    [row] = pipelines.read_manifest(tmp_path).to_pylist()
+    assert [(one["step"], one["kind"]) for one in row["intermediates"]] == [
+        (step, kind) for step in (2, 4) for kind in ("latents", "preview")
+    ]
+    for one in row["intermediates"]:
+        assert hashlib.sha256((tmp_path / one["uri"]).read_bytes()).hexdigest() == one["sha256"]
 
 
 def test_encoding_gives_the_same_bytes_under_two_workers_and_in_any_order(
@@ -451,6 +468,16 @@ def test_latents_of_several_encoders_do_not_mix(
     )
     found = pipelines.read_manifest(str(tmp_path / "decoded")).to_pylist()
     assert {(row["status"], row["error_type"]) for row in found} == {("failed", "latents.encoder")}
+
+
+def test_batches_larger_than_every_bucket_are_refused_with_the_numbers(encoded: Path) -> None:
+    for world_size, message in (
+        (1, r"batch_size 64 × world_size 1 is more than the 11 rows of the largest bucket \(48×80 px\).*at most 11"),
+        (4, "world_size 4 is more than the 11 rows .*, so an epoch would have no batch; use at most 2"),
+        (12, "12 ranks are too many"),
+    ):
+        with pytest.raises(JobError, match=message):
+            LatentDataset(str(encoded), batch_size=64, world_size=world_size)
 
 
 def test_an_output_without_latents_is_refused(tmp_path: Path) -> None:

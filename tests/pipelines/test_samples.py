@@ -88,6 +88,49 @@ def test_a_webdataset_is_a_row_per_sample_and_an_image_is_its_bytes_inside_the_t
     assert [p.name for p in tmp_path.iterdir()] == ["shard-0.tar"]
 
 
+@pytest.mark.parametrize("filled_with", [b"", b"\0" * 20_000])
+def test_half_a_jpeg_is_broken_in_a_tar_as_it_is_in_a_folder(
+    tiny_model: Path, tmp_path: Path, filled_with: bytes
+) -> None:
+    buffer = io.BytesIO()
+    noise = Image.effect_noise((128, 128), 80).convert("RGB")
+    small = noise.resize((16, 16))
+    thumbnail = io.BytesIO()
+    small.save(thumbnail, "JPEG")
+    # With a small picture inside, which has an end of its own.
+    noise.save(buffer, "JPEG", quality=95, exif=b"Exif\0\0" + thumbnail.getvalue())
+    whole = buffer.getvalue()
+    half = whole[: len(whole) // 2] + filled_with
+    for name, data in (("half", half), ("whole", whole)):
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    pack(tmp_path / "s.tar", {"half.jpg": half, "half.txt": b"x", "whole.jpg": whole, "whole.txt": b"x"})
+    in_tar = planned_rows(check(job(tiny_model, tmp_path / "out", path=str(tmp_path / "s.tar"))))
+    table = [{"id": name, "prompt": "x", "image": f"{tmp_path}/{name}.jpg"} for name in ("half", "whole")]
+    in_folder = planned_rows(check(job(tiny_model, tmp_path / "out", rows=table)))
+    for rows in (in_tar, in_folder):
+        broken, fine = sent_through([rows["half"], rows["whole"]])
+        assert (broken.kind, fine.image.shape) == ("image.broken", (128, 128, 3))
+
+
+def test_embed_of_samples_without_captions_says_what_is_missing(tiny_model: Path, tmp_path: Path) -> None:
+    members = {"a.png": png(), "a.json": b'{"caption": "a circle"}', "b.png": png(1)}
+    pack(tmp_path / "s.tar", members)
+
+    def embed(**source: Any) -> Job:
+        data = {"source": {"path": str(tmp_path / "s.tar"), **source}, "sink": {"path": str(tmp_path / "out")}}
+        return parse_job(yaml.safe_dump(data | {"stages": [{"op": "embed", "model": str(tiny_model)}]}))
+
+    with pytest.raises(JobError, match=r"s.tar: no row has a caption, .*; they come from a column, or in tars"):
+        check(embed())
+    # Some have none, which is what the null caption is for.
+    planned = check(embed(columns={"prompt": "caption"}))
+    assert planned.table is not None
+    assert set(planned.table["prompt"].to_pylist()) == {"a circle", ""}
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
+    with pytest.raises(JobError, match="no column 'prompt'; the table has 'id', 'image'; name it with source.columns"):
+        check(embed(path=f"{tmp_path}/*.png"))
+
+
 def test_the_same_samples_in_another_tar_are_the_same_rows(tiny_model: Path, tmp_path: Path) -> None:
     members = {f"{i}.{end}": data for i in range(3) for end, data in (("jpg", png(i)), ("txt", b"x"))}
     keys = []

@@ -23,6 +23,7 @@ from pipelines.image_folder import write_metadata
 from pipelines.job import Job
 from pipelines.planner import check, plan
 from pipelines.plans import read_shard
+from pipelines.row_table import LATER_FIELDS, OWN_FIELDS
 from pipelines.runner import run, signer
 from pipelines.signing import Signer
 from pipelines.sink import ShardWriter
@@ -258,12 +259,63 @@ def test_an_output_has_one_layout(sink_job: Callable[..., Job], tmp_path: Path) 
     plan(sink_job(layout="webdataset", format="webp"), extend=True)
 
 
+def test_the_json_of_a_tar_is_valid_whatever_passes_through(make_job: MakeJob, tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    row = {"prompt": "a", "far": float("inf"), "deep": {"a": [{"b": float("-inf")}, {"b": 1.5}]}}
+    written(make_job(source={"rows": [row]}, sink={"path": str(tmp_path / "out"), "layout": "webdataset"}), 1)
+    [path] = (tmp_path / "out" / "data").iterdir()
+    with tarfile.open(path) as tar:
+        [member] = [m for m in tar if m.name.endswith(".json")]
+        file = tar.extractfile(member)
+        assert file is not None
+        said = json.loads(file.read(), parse_constant=refuse)
+    assert (said["far"], said["deep"]) == (None, {"a": [{"b": None}, {"b": 1.5}]})
+
+
+def test_sizes_in_a_parquet_file_with_pictures_tell_of_these_and_order_none(
+    sink_job: Callable[..., Job], make_job: MakeJob, tmp_path: Path
+) -> None:
+    written(sink_job(layout="parquet"))
+    source: dict[str, Any] = {"path": f"{tmp_path}/out/data/*.parquet"}
+    for columns, sizes in (({}, (None, None)), ({"width": "input.width", "height": "input.height"}, (64, 48))):
+        again = make_job(source=source | {"columns": columns}, stage={"op": "img2img"}, sink=str(tmp_path / "again"))
+        table = check(again).table
+        assert table is not None
+        for row in table.to_pylist():
+            assert (row["width"], row["height"]) == sizes
+            assert columns or (row["input.width"], row["input.height"]) == (64, 48)
+
+
+@pytest.mark.parametrize("sink", [{"layout": "webdataset"}, {"layout": "parquet"}, {"format": "jxl"}, {}])
+def test_the_captions_of_an_output_are_a_source_wherever_its_pictures_lie(
+    sink_job: Callable[..., Job], make_job: MakeJob, tmp_path: Path, sink: dict[str, Any]
+) -> None:
+    written(sink_job(**sink))
+    source = {"path": str(tmp_path / "out"), "format": "manifest"}
+    for op, prompts in (("txt2img", {"a réd circle", "a blue star"}), ("embed", {"a réd circle", "a blue star", ""})):
+        model = make_job().stage.model
+        stages = [{"op": op, "model": model}]
+        job = Job.model_validate({"source": source, "stages": stages, "sink": {"path": str(tmp_path / "again")}})
+        table = check(job).table
+        assert table is not None
+        assert set(table["prompt"].to_pylist()) == prompts
+        # The rows' own columns pass through a picture's job, and nothing that nobody asked for.
+        own = {"tag", "many", "file_name"} if op == "txt2img" else set()
+        assert set(table.column_names) - {f.name for f in OWN_FIELDS} - set(LATER_FIELDS) == own
+
+
 @pytest.mark.parametrize(
     ("sink", "reason"),
     [
-        ({"layout": "webdataset"}, "lies in one file with others"),
-        ({"layout": "parquet"}, "lies in one file with others"),
-        ({"format": "jxl"}, "is JPEG XL"),
+        (
+            {"layout": "webdataset"},
+            "lies in one file with others, .*; read these files themselves, with source.path: .*/out/data/[*].tar and "
+            "source.format: webdataset",
+        ),
+        ({"layout": "parquet"}, "lies in one file .*/out/data/[*].parquet and source.format: parquet"),
+        ({"format": "jxl"}, "is JPEG XL, .*; convert its pictures, or make them again with sink.format: png"),
     ],
 )
 def test_pictures_that_are_no_source_are_refused_in_one_line(
@@ -272,7 +324,7 @@ def test_pictures_that_are_no_source_are_refused_in_one_line(
     written(sink_job(**sink))
     source = {"path": str(tmp_path / "out"), "format": "manifest"}
     stage = {"op": "img2img", "strength": 0.5, "prompt": "a"}
-    with pytest.raises(JobError, match=f"{reason}, which is no source; use an output with sink.layout files"):
+    with pytest.raises(JobError, match=reason):
         check(make_job(source=source, stage=stage, sink=str(tmp_path / "again")))
 
 
@@ -367,10 +419,20 @@ def test_signing_is_part_of_the_key_and_tried_by_check(
     assert plain is not None
     assert signed is not None
     assert set(plain["key"].to_pylist()).isdisjoint(signed["key"].to_pylist())
-    with pytest.raises(JobError, match=r"sink.c2pa.private_key: gone.pem cannot be read \(No such file or directory\)"):
+    with pytest.raises(JobError, match=r"sink.c2pa.private_key: /.*/gone.pem cannot be read \(No such file"):
         check(sink_job(c2pa=credentials | {"private_key": "gone.pem"}))
     with pytest.raises(JobError, match=r"cannot sign \(.+\); give a certificate"):
         check(sink_job(c2pa=credentials | {"private_key": credentials["certificate"]}))
+
+
+def test_certificate_and_key_lie_where_the_job_was_read(
+    sink_job: Callable[..., Job], tmp_path: Path, credentials: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(credentials["certificate"]).parent)
+    job = sink_job(c2pa={"certificate": "certificate.pem", "private_key": "./key.pem"})
+    # As a worker does.
+    monkeypatch.chdir(tmp_path)
+    assert written(job)[0]["status"] == "ok"
 
 
 def test_a_run_signs_and_tells_imagefolder_once_all_is_done(

@@ -115,6 +115,12 @@ def test_a_path_without_a_table_says_so(tmp_path: Path, path: str, message: str)
         rows(path=str(tmp_path / path))
 
 
+@pytest.mark.parametrize(("format", "pattern"), [("webdataset", r"\*.tar"), ("csv", r"\*.csv"), ("text", r"\*.txt")])
+def test_a_folder_in_place_of_files_is_told_how_to_name_them(tmp_path: Path, format: str, pattern: str) -> None:
+    with pytest.raises(JobError, match=f"is a folder; name a file, or a pattern such as {tmp_path}/{pattern}$"):
+        rows(path=f"{tmp_path}/", format=format)
+
+
 def test_a_missing_object_says_so(s3_options: dict[str, Any]) -> None:
     with pytest.raises(JobError, match="no such file"):
         rows(path="s3://bkt/nowhere/t.csv", storage_options=s3_options)

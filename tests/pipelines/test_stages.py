@@ -110,7 +110,7 @@ def test_a_changed_image_is_a_new_row_and_an_unchanged_one_is_not(tiny_model: Pa
 def test_how_a_jpeg_is_decoded_is_part_of_its_rows_key(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     keys = []
     for decoding in ("exact", "draft"):
-        stage = img2img(tiny_model, image_decoding=decoding)
+        stage = img2img(tiny_model, image_decoding=decoding, height=64)
         planned = check(job(tmp_path / "out", {"path": f"{photos}/below"}, stage))
         assert planned.table is not None
         keys.append(set(planned.table["key"].to_pylist()))

@@ -11,6 +11,8 @@ from typing import Any
 import fsspec
 import pytest
 
+from ldm_ops.embed import Embed
+from ldm_ops.encode import Encode
 from ldm_ops.txt2img import Txt2Img
 from pipelines.errors import JobError, StorageError
 from pipelines.weights import Weights, fetch, identify
@@ -44,6 +46,43 @@ def test_a_hub_model_is_its_commit_whatever_name_pins_it(hub_cache: Path, revisi
 def test_a_hub_model_that_is_not_cached_offline_names_the_switches(hub_cache: Path) -> None:
     with pytest.raises(JobError, match=r"model org/tiny@v2: not to be had .* HF_TOKEN .* HF_HUB_OFFLINE=1"):
         identify("org/tiny", "v2")
+
+
+def test_a_job_that_needs_some_parts_of_a_hub_model_asks_for_no_more(hub_cache: Path) -> None:
+    snapshot = hub_cache / "snapshots" / COMMIT
+    for part in ("unet", "vae"):
+        (snapshot / part / "diffusion_pytorch_model.safetensors").unlink()
+    weights, _ = identify("org/tiny", COMMIT, parts=Embed.parts)
+    assert weights.num_bytes == (snapshot / "text_encoder" / "model.safetensors").stat().st_size
+    assert Embed(model="org/tiny", revision=COMMIT).load(fetch(weights)).pipe.text_encoder
+    for parts in (Encode.parts, ()):
+        with pytest.raises(JobError, match=r"model org/tiny@.*: not to be had"):
+            identify("org/tiny", COMMIT, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("op", "folders"), [(Embed, {"text_encoder"}), (Encode, {"vae"}), (Txt2Img, {"text_encoder", "vae", "unet"})]
+)
+def test_only_the_weights_that_an_op_loads_are_copied(
+    tiny_model: Path,
+    upload: Callable[[Path], str],
+    s3_options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    op: type[Embed | Encode | Txt2Img],
+    folders: set[str],
+) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    weights, _ = identify(upload(tiny_model), None, storage_options=s3_options, parts=op.parts)
+    folder = fetch(weights)
+    files = list(folder.rglob("*.safetensors"))
+    assert {path.parent.name for path in files} == folders
+    assert weights.num_bytes == sum(path.stat().st_size for path in files)
+    assert op(model="x").load(folder)
+    whole = fetch(identify(upload(tiny_model), None, storage_options=s3_options)[0])
+    # Once all is there, nothing is copied again.
+    assert fetch(weights) == whole
+    assert identify(str(tiny_model), None, parts=op.parts)[0].num_bytes == weights.num_bytes
 
 
 def test_changed_weights_are_another_revision(tiny_model: Path, tmp_path: Path) -> None:

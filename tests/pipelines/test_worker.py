@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm_ops.op import Op, Row
+from ldm_ops.txt2img import Txt2Img
 from pipelines.worker import make
+from tests import models
+from tests.ldm_ops.rows import row as picture_row
 
 
 class Fragile(Op):
@@ -52,6 +55,24 @@ def test_a_batch_that_does_not_fit_is_halved_and_says_so(size: int, memory: int,
     results = make(Fragile(memory=memory), [], [{"n": i} for i in range(size)], size)
     assert [r["status"] for r in results] == ["ok"] * size
     assert {r["batch_size"] for r in results} == {expected}
+
+
+def test_a_lora_that_finds_room_beside_a_smaller_batch_is_no_fault_of_its_row(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = models.save_lora(models.tiny_stable_diffusion(), tmp_path, 1)
+    op = Txt2Img(model="x")
+    model = op.load(tiny_model)
+    load = model.pipe.load_lora_weights
+
+    def without_room(*arguments: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        load(*arguments, **options)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(model.pipe, "load_lora_weights", without_room)
+    rows = [picture_row(seed=seed, height=64, width=64, loras=((lora, 1.0),)) for seed in (1, 2)]
+    assert [(r["status"], r["batch_size"]) for r in make(op, model, rows, 2)] == [("ok", 1)] * 2
 
 
 def test_one_row_that_does_not_fit_is_a_dead_letter_of_its_own_kind() -> None:
