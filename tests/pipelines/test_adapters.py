@@ -351,7 +351,7 @@ def test_an_earlier_plan_is_not_finished_with_other_adapters(
     now = plan(job, extend=True)
     assert len(now.plans) == 2
     assert plan_adapters(now.plans[1], job, now, now.models, {}) == now.adapters
-    with pytest.raises(JobError, match="an adapter .* has changed since plan"):
+    with pytest.raises(JobError, match=r"^stages.0.vae_revision: changed since plan \w+ was made"):
         plan_adapters(earlier.plans[0], job, now, now.models, {})
     models_then = earlier.adapters[0].vae
     assert models_then is not None

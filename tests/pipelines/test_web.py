@@ -369,7 +369,9 @@ def test_the_kind_of_an_image_is_told_by_its_content(server: Server) -> None:
     assert (fine.image.shape, page.kind) == ((16, 24, 3), "image.format")
 
 
-@pytest.mark.parametrize("entry", ["*", "*.", "http://example.com", "example.com/a", "a b", "", "*.*.example.com"])
+@pytest.mark.parametrize(
+    "entry", ["*", "*.", "http://example.com", "example.com/a", "a b", "", "*.*.example.com", "a.com:0", "a.com:65536"]
+)
 def test_an_entry_that_names_no_host_is_refused(tiny_model: Path, tmp_path: Path, entry: str) -> None:
     with pytest.raises(JobError, match="source.allow_hosts: '.*' names no host; write example.com"):
         job(tmp_path, tiny_model, "a.png", allow_hosts=[entry])
