@@ -110,7 +110,8 @@ class LoraSlot:
                     # No fault of the file: the worker halves the batch, and begins with a pipeline that holds none.
                     pipe.unload_lora_weights()
                     raise
-                problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                # torch names the tensors on the lines after its first.
+                problem = " ".join(str(error).split()) or type(error).__name__
             if problem is not None:
                 pipe.unload_lora_weights()
                 raise RowRefused("lora.unfit", f"{path.name} does not fit {type(pipe).__name__}: {problem}")

@@ -37,6 +37,7 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 class ModelFacts(BaseModel, frozen=True):
     """Sizes in pixels. `size_multiple`: height and width must be multiples of it. `ops`: what it can be used for.
+    `max_noise_level`: of an upscaler with a prompt.
     `folder` is where all this was read."""
 
     pipeline: str
@@ -50,6 +51,7 @@ class ModelFacts(BaseModel, frozen=True):
     latent_scale: float = 1.0
     latent_shift: float = 0.0
     latent_factor: int = 8
+    max_noise_level: int | None = None
     folder: str = ""
 
 
@@ -139,6 +141,7 @@ def _describe(folder: Path) -> ModelFacts:
         latent_scale=vae.get("scaling_factor") or DEFAULT_SCALE,
         latent_shift=vae.get("shift_factor") or 0.0,
         latent_factor=factor,
+        max_noise_level=index.get("max_noise_level"),
         folder=str(folder),
     )
 

@@ -14,6 +14,13 @@ from numpy.typing import NDArray
 
 MAX_MESSAGE_CHARS = 500
 
+
+def error_message(text: str) -> str:
+    """`text` as a failed row tells it: one line without control characters, which a file or a server may have sent."""
+    shown = "".join(c if c.isprintable() else " " for c in text.strip()[: 2 * MAX_MESSAGE_CHARS])
+    return " ".join(shown.split())[:MAX_MESSAGE_CHARS]
+
+
 ADAPTER = pa.struct([("kind", pa.string()), ("name", pa.string()), ("revision", pa.string()), ("scale", pa.float64())])
 """What a stage had beside its model: vae, controlnet, textual_inversion or lora, and the exact weights."""
 

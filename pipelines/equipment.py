@@ -102,8 +102,10 @@ def plan_adapters(
         for i, (stage, (_, facts)) in enumerate(zip(own.stages, models, strict=True))
     ]
     if not fits(found):
+        now = adapter_settings(found)
+        changed = [name for name in sorted(wanted.keys() | now) if wanted.get(name) != now.get(name)]
         raise JobError(
-            f"an adapter (vae, controlnet, textual_inversion or lora) has changed since plan {plan.plan_id} was made; "
-            "put the old files back, or choose a new sink.path"
+            f"{', '.join(changed).replace(ADAPTERS, '.')}: changed since plan {plan.plan_id} was made; put back what "
+            "was there then, or choose a new sink.path"
         )
     return found

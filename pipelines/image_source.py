@@ -45,7 +45,7 @@ def list_images(path: str, storage_options: dict[str, Any], alone: bool = True) 
 
     Raises:
         JobError: there is none.
-        StorageError: there is nothing at all, or the store refuses.
+        StorageError: the store refuses.
     """
     first = 1
     base, listing = list_files(path, storage_options)

@@ -109,7 +109,8 @@ class Source(Section):
     @classmethod
     def _hosts(cls, value: list[str]) -> list[str]:
         for entry in value:
-            if not HOST.fullmatch(entry):
+            found = HOST.fullmatch(entry)
+            if found is None or int((found[4] or ":1")[1:]) not in range(1, 1 << 16):
                 raise ValueError(f"{entry!r} names no host; write example.com, '*.example.org' or 127.0.0.1:8000")
         return value
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ldm_ops.describe import ModelFacts
 from pipelines import manifest
-from pipelines.blocks import GEOMETRY, KEPT, MAX_MESSAGE_CHARS, RESULT_FIELDS, pack, with_results
+from pipelines.blocks import GEOMETRY, KEPT, RESULT_FIELDS, error_message, pack, with_results
 from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.job import Source
@@ -155,4 +155,4 @@ def _image(loaded: Loaded | BadImage) -> dict[str, Any]:
 
 
 def _failed(stage: str, kind: str, message: str) -> dict[str, Any]:
-    return {"status": "failed", "stage": stage, "error_type": kind, "error_message": message[:MAX_MESSAGE_CHARS]}
+    return {"status": "failed", "stage": stage, "error_type": kind, "error_message": error_message(message)}

@@ -177,6 +177,11 @@ class _Planner:
                 raise JobError(
                     f"stages.{i}.safety_checker: {stage.model} has no safety checker; leave it out, or set off"
                 )
+            if stage.op == "upscale" and stage.noise_level > (facts.max_noise_level or stage.noise_level):
+                raise JobError(
+                    f"stages.{i}.noise_level: {stage.noise_level} is more than {stage.model} takes; 0 to "
+                    f"{facts.max_noise_level}"
+                )
             if stage.op == "embed" and stage.max_sequence_length is not None and facts.pipeline not in WITH_T5:
                 raise JobError(
                     f"stages.{i}.max_sequence_length: {stage.model} is a {facts.pipeline}, without a T5; leave it out"

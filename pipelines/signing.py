@@ -37,13 +37,13 @@ class Signer:
 
         signed = io.BytesIO()
         try:
-            with c2pa.Builder(self._claim) as builder:
+            with c2pa.Builder(self._claim, context=self._context) as builder:
                 builder.sign(self._signer, mime_type, io.BytesIO(data), signed)
         except c2pa.C2paError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise JobError(
                 f"sink.c2pa: {self.signing.certificate} cannot sign ({reason}); give a certificate for signing with "
-                "those above it, its own key, and the algorithm of that key"
+                "those above it, its own key (PKCS#8, without a passphrase), and the algorithm of that key"
             ) from None
         return signed.getvalue()
 
@@ -63,6 +63,13 @@ class Signer:
                 None,
             )
         )
+
+    @cached_property
+    def _context(self) -> Any:
+        import c2pa
+
+        # Its own thumbnail is of 1024 px whatever the picture's size: many times the bytes of a small picture.
+        return c2pa.Context(settings=c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}}))
 
     @cached_property
     def _claim(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -98,6 +99,8 @@ def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
         ]
         suffix = suffixes[-1].lower() if suffixes else ""
         if suffix not in FORMATS:
+            if is_local(uri) and not os.path.exists(uri.removeprefix("file://")):  # noqa: PTH110 - as in holds_images
+                raise JobError(f"source.path {uri}: no such file or folder")
             raise JobError(
                 f"source.path {uri}: unknown ending {suffix!r}; one of {', '.join(FORMATS)}, or set source.format"
             )

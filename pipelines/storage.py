@@ -23,7 +23,7 @@ import fsspec
 import stamina
 from fsspec.utils import glob_translate
 
-from pipelines.errors import StorageError
+from pipelines.errors import JobError, StorageError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -405,7 +405,8 @@ def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator
     is opened. Files come in the order of their names.
 
     Raises:
-        StorageError: nothing is there, or the store refuses.
+        JobError: nothing is there.
+        StorageError: the store refuses.
     """
     pattern = any(c in url for c in "*?[")
     if is_local(url):
@@ -417,7 +418,7 @@ def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator
         if Path(root).is_file():
             return str(Path(root).parent), iter([(Path(root).name, "")])
         if not Path(root).is_dir():
-            raise StorageError(f"{url}: no such folder; check the path")
+            raise JobError(f"{url}: no such folder; check the path")
         return root.rstrip("/") or "/", _walk(root, "")
     store = Store(url, storage_options)
     fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), url.split("/"))) if pattern else url
@@ -427,7 +428,7 @@ def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator
         return root, chain(page, chain.from_iterable(pages))
     found = _find(store, url, pattern)
     if not found:
-        raise StorageError(f"{url}: nothing there; check the bucket and the prefix")
+        raise JobError(f"{url}: nothing there; check the bucket and the prefix")
     if not pattern and list(found) == [root.partition("://")[2]]:
         root = root.rpartition("/")[0]
     stem = len(root.partition("://")[2]) + 1

@@ -89,18 +89,19 @@ def fetch_url(url: str, allow_hosts: Sequence[str], max_bytes: int) -> bytes:
         NotFetched: it is refused, missing, too large or too slow, or its server goes on failing.
         StorageError: no server can be reached, after several tries; that is no fault of one row.
     """
-    last = ""
+    last, tries = "", 0
     try:
         for attempt in stamina.retry_context(
             on=(_Later, _NoAnswer), attempts=ATTEMPTS, timeout=DEADLINE_S, wait_initial=0.1, wait_max=10
         ):
             with attempt:
+                tries = attempt.num
                 return _follow(url, allow_hosts, max_bytes)
     except _Later as error:
-        raise NotFetched("image.unavailable", f"{error}, {ATTEMPTS} times") from None
+        raise NotFetched("image.unavailable", f"{error}, {tries} times") from None
     except _NoAnswer as error:
         last = str(error)
-    raise StorageError(f"{url}: not reached after {ATTEMPTS} tries ({last}); check the network, and source.allow_hosts")
+    raise StorageError(f"{url}: not reached after {tries} tries ({last}); check the network, and source.allow_hosts")
 
 
 def _follow(url: str, allow_hosts: Sequence[str], max_bytes: int) -> bytes:

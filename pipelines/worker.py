@@ -15,7 +15,7 @@ from ldm_ops.device import device_name, free_memory, set_threads
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
-from pipelines.blocks import GEOMETRY, MAX_MESSAGE_CHARS, RESULT_FIELDS, pack, unpack, with_results
+from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, pack, unpack, with_results
 from pipelines.inputs import BadImage, Loader
 from pipelines.rows import derived_seed
 from pipelines.stages import ROW_PARAMETERS, AnyStage
@@ -204,4 +204,4 @@ def failure(op: Op, error: Exception) -> dict[str, Any]:
     else:
         kind = "model.oom" if op.is_out_of_memory(error) else type(error).__name__
     first = (str(error).strip().splitlines() or [""])[0]
-    return {"status": "failed", "error_type": kind, "error_message": first[:MAX_MESSAGE_CHARS]}
+    return {"status": "failed", "error_type": kind, "error_message": error_message(first)}

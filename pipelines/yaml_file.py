@@ -63,7 +63,10 @@ def read_yaml(text: str, name: str, environ: Mapping[str, str] | None = None) ->
         mark = getattr(error, "problem_mark", None)
         at = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise JobError(f"{at}: not valid YAML: {problem}") from None
+        # Between braces its own } ends the mapping.
+        line = "".join(text.splitlines()[mark.line :][:1]) if mark else ""
+        hint = "; put quotes around ${…} between braces" if "${" in line else ""
+        raise JobError(f"{at}: not valid YAML: {problem}{hint}") from None
     except RecursionError:
         raise JobError(f"{name}: nested deeper than {MAX_DEPTH} levels; flatten it") from None
     if node is None:

@@ -19,12 +19,13 @@ from PIL import Image
 from ldm_ops.adapters import Adapters
 from ldm_ops.img2img import Img2Img
 from pipelines.blocks import with_results
+from pipelines.equipment import plan_adapters
 from pipelines.errors import JobError, LdmError
 from pipelines.job import Job, parse_job
 from pipelines.loading import image_loader
 from pipelines.planner import check, plan
 from pipelines.plans import read_shard
-from pipelines.runner import plan_adapters, run
+from pipelines.runner import run
 from pipelines.storage import Store
 from pipelines.weights import identify
 from pipelines.worker import Place, Worker
@@ -351,7 +352,7 @@ def test_an_earlier_plan_is_not_finished_with_other_adapters(
     now = plan(job, extend=True)
     assert len(now.plans) == 2
     assert plan_adapters(now.plans[1], job, now.adapters, now.models, {}) == now.adapters
-    with pytest.raises(JobError, match="an adapter .* has changed since plan"):
+    with pytest.raises(JobError, match=r"^stages.0.vae_revision: changed since plan \w+ was made"):
         plan_adapters(earlier.plans[0], job, now.adapters, now.models, {})
     models_then = earlier.adapters[0].vae
     assert models_then is not None

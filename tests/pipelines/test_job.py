@@ -51,6 +51,11 @@ BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("sink: {path: out/x}", "", "sink: missing; it is needed"),
         ("out/x", '"${env:NOT_SET}"', "job.yaml:7:14: the environment variable NOT_SET is not set; set it, or write"),
         ("name: x", "name: [x", "not valid YAML"),
+        (
+            "out/x",
+            "${env:NOT_SET}",
+            "; put quotes around ${…} between braces",
+        ),
         ("name: x", "name: x\nname: y", "job.yaml:2:1: name is given twice; keep one"),
         ("name: x", "name: ../x", "name: string should match pattern"),
         ("path: a.csv", "path: 'http://u:pw@h/a.csv'", "source.path: holds a password; give it in storage_options"),

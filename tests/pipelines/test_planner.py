@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipelines.errors import JobError, OutputHeldByOther
 from pipelines.job import Job
@@ -306,6 +307,19 @@ def test_bad_rows_can_become_dead_letters_beside_the_good_ones(make_job: MakeJob
 def test_a_job_that_cannot_work_is_refused(make_job: MakeJob, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         check(make_job(**changes))
+
+
+def test_more_noise_than_an_upscaler_knows_is_refused(make_job: MakeJob, tmp_path: Path) -> None:
+    from tests.models import tiny_sd_x4
+
+    tiny_sd_x4().save_pretrained(tmp_path / "x4")
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    fields = {"source": {"path": str(tmp_path / "in")}}
+    stage = {"op": "upscale", "model": str(tmp_path / "x4")}
+    with pytest.raises(JobError, match=r"stages.0.noise_level: 351 is more than .* takes; 0 to 350"):
+        check(make_job(stage=stage | {"noise_level": 351}, **fields))
+    assert check(make_job(stage=stage | {"noise_level": 350}, **fields)).num_rows == 1
 
 
 def test_an_empty_table_is_refused(make_job: MakeJob, tmp_path: Path) -> None:

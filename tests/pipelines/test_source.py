@@ -108,11 +108,17 @@ def test_a_broken_table_is_one_line(tmp_path: Path, name: str, content: bytes, m
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("none.csv", "no such file"), ("*.csv", "no file matches"), (".", "no image there .* name its tars")],
+    [
+        ("none.csv", "no such file"),
+        ("none", "none: no such file or folder"),
+        ("none/", "no such folder"),
+        ("*.csv", "no file matches"),
+        (".", "no image there .* name its tars"),
+    ],
 )
 def test_a_path_without_a_table_says_so(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(JobError, match=message):
-        rows(path=str(tmp_path / path))
+        rows(path=f"{tmp_path}/{path}")
 
 
 @pytest.mark.parametrize(("format", "pattern"), [("webdataset", r"\*.tar"), ("csv", r"\*.csv"), ("text", r"\*.txt")])

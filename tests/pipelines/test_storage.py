@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import fsspec
 import pytest
 
-from pipelines.errors import StorageError
+from pipelines.errors import JobError, StorageError
 from pipelines.storage import Exists, Store, list_files
 from tests.conftest import free_port, start_moto
 from tests.faults.proxy import Faults, Rule
@@ -173,9 +173,9 @@ def test_a_listing_of_s3_says_the_same_as_one_of_a_disk(tmp_path: Path, s3_optio
         files = sorted(n for n, _ in here[1] if not Path(here[0], n).is_dir())
         assert sorted(n for n, _ in there[1]) == files
         assert there[0].removeprefix(url) == here[0].removeprefix(str(tmp_path))
-    with pytest.raises(StorageError, match="nothing there"):
+    with pytest.raises(JobError, match="nothing there"):
         list_files(f"{url}/nowhere", s3_options)
-    with pytest.raises(StorageError, match="nothing there"):
+    with pytest.raises(JobError, match="nothing there"):
         list_files(f"{url}/in/*.gif", s3_options)
 
 

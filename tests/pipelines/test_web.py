@@ -23,6 +23,7 @@ from pipelines import web
 from pipelines.errors import JobError, StorageError
 from pipelines.inputs import Loader
 from pipelines.job import parse_job
+from pipelines.loading import _image
 from pipelines.planner import check
 from pipelines.web import NotFetched, Refused, fetch_url, permitted
 from tests.conftest import free_port
@@ -70,6 +71,8 @@ def running() -> Iterator[Server]:
                 server.failures -= 1
                 self.send_response(503)
                 self.end_headers()
+            elif name == "/speech":
+                self.wfile.write(b"\x1b[31mOH\x07 NO\r\n")
             elif name == "/drip":
                 self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
                 for _ in range(300):
@@ -271,6 +274,22 @@ def test_an_answer_without_an_image_is_its_rows_fault(server: Server, path: str,
     assert len(server.seen) == (3 if kind == "image.unavailable" else 1)
 
 
+def test_a_message_tells_how_often_a_server_was_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "ATTEMPTS", 50)
+    monkeypatch.setattr(web, "DEADLINE_S", 0.5)
+    with pytest.raises(NotFetched, match="HTTP 500, [0-9]+ times") as caught:
+        server.fetch("/status/500")
+    assert str(caught.value) == f"HTTP 500, {len(server.seen)} times"
+
+
+def test_what_a_server_says_reaches_nobody_but_as_one_plain_line(server: Server) -> None:
+    loader = Loader(frozenset({"image"}), None, 8, "#ffffff", {}, allow_hosts=(server.host,))
+    row = dict.fromkeys(("height", "width", "image_version")) | {"image": server.url("/speech")}
+    (bad,) = loader([row])
+    said = _image(bad)["error_message"]
+    assert said.endswith("no whole answer ( [31mOH NO ), 3 times")
+
+
 def test_a_server_that_recovers_is_asked_again(server: Server) -> None:
     server.failures = 2
     assert server.fetch("/later") == png()
@@ -350,7 +369,9 @@ def test_the_kind_of_an_image_is_told_by_its_content(server: Server) -> None:
     assert (fine.image.shape, page.kind) == ((16, 24, 3), "image.format")
 
 
-@pytest.mark.parametrize("entry", ["*", "*.", "http://example.com", "example.com/a", "a b", "", "*.*.example.com"])
+@pytest.mark.parametrize(
+    "entry", ["*", "*.", "http://example.com", "example.com/a", "a b", "", "*.*.example.com", "a.com:0", "a.com:65536"]
+)
 def test_an_entry_that_names_no_host_is_refused(tiny_model: Path, tmp_path: Path, entry: str) -> None:
     with pytest.raises(JobError, match="source.allow_hosts: '.*' names no host; write example.com"):
         job(tmp_path, tiny_model, "a.png", allow_hosts=[entry])
