@@ -18,8 +18,8 @@ What age is for: `retry` and `repair` replace parts, and so may a run on a store
 check-then-put. The new part names files that were written before its request left, and rows of the part that it has
 read. So all is spared as long as nobody takes longer than `older_than_s` from reading the old part, or writing the
 first file, to the landing of the new part. What remains: a replacement that takes longer, and one that writes a file
-anew, under the name of an old orphan, between the look at that file's age and its delete. A live run is refused to keep
-both away.
+anew, under the name of an old orphan, between the look at that file's age and the landing of its delete. A live run is
+refused to keep both away.
 """
 
 from __future__ import annotations
