@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,10 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     # Ray's C++ core warns on stderr about what we chose (finite restarts); its log files keep everything.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault(*KEEP_IDLE)
+    if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        # Whoever reaches Ray's ports can run code; of a cluster of our own nobody else knows the token. Ray reads it
+        # when it is imported.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     started = not ray.is_initialized()

@@ -208,7 +208,7 @@ from pathlib import Path
 import pyarrow as pa
 from pipelines.job import load_job
 from pipelines.inputs import Loader
-from pipelines.loading import LoadShard
+from pipelines.loading import LoadShard, place
 from pipelines.plans import read_plans
 from pipelines.storage import Store
 def peak():
@@ -218,7 +218,7 @@ loader = Loader(frozenset({"image", "mask_image"}), None, 8, "#ffffff", {})
 load, before, seen = LoadShard(store, loader, "", {}), peak(), 0
 for plan in read_plans(store):
     for shard in plan.shards:
-        seen += load(pa.table({"file": [shard.file], "row_group": [shard.row_group], "part": [""]})).num_rows
+        seen += load(place(shard)).num_rows
 print(seen, peak() - before)
 """
 

@@ -25,7 +25,7 @@ from pipelines.blocks import GEOMETRY
 from pipelines.errors import JobError
 from pipelines.latents import LatentDataset, _taken
 from pipelines.latents_file import LatentsHead, NotLatents, mapped, open_safetensors, read_latents, write_latents
-from pipelines.loading import LoadShard
+from pipelines.loading import LoadShard, place
 from pipelines.manifest import SCHEMA
 from pipelines.planner import check, plan
 from pipelines.runner import run
@@ -224,8 +224,7 @@ def test_latents_in_safetensors_are_loaded_for_decoding_as_those_in_parquet_are(
         planned = plan(decode).new
         assert planned is not None
         load = LoadShard(Store(decode.sink.path), None, digest_folder(tiny_model), {})
-        places = [pa.table({"file": [s.file], "row_group": [s.row_group], "part": [""]}) for s in planned.shards]
-        rows = [row for place in places for row in load(place).to_pylist()]
+        rows = [row for shard in planned.shards for row in load(place(shard)).to_pylist()]
         loaded.append({row["id"]: row["latents_data"] for row in rows})
     assert loaded[0] == loaded[1]
     assert len(loaded[0]) == 22

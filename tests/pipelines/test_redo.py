@@ -162,7 +162,7 @@ def test_the_commands_say_what_there_is_to_do(make_job: MakeJob, ldm_batch: Any,
     path.write_text(yaml.safe_dump(job.recorded()))
     found = ldm_batch("errors", path)
     assert found.returncode == 3
-    assert found.stdout.startswith("1 × row.invalid in plan\n  source.rows row 1: height 63")
+    assert found.stdout.startswith("1 × row.invalid in plan\n  rows row 2: height 63")
     found = ldm_batch("retry", path, "--json")
     assert (found.returncode, json.loads(found.stdout)["num_new_rows"]) == (3, 0)
     found = ldm_batch("retry", path, "--error-type", "model.nan")
