@@ -39,7 +39,7 @@ HEAD = LatentsHead("made-up", "0" * 16, "moments", "", (0, 0, 0), 0.18215, 0.0, 
 
 
 def write(out: Path, num_rows: int, shapes: tuple[tuple[int, ...], ...], per_shard: int) -> None:
-    writer = ShardWriter(Store(str(out)), "0" * 16, Sink(path=str(out)), "run", "made-up", "0" * 16, HEAD)
+    writer = ShardWriter(Store(str(out)), "0" * 16, Sink(path=str(out)), "latents", "run", "made-up", "0" * 16, HEAD)
     rng = np.random.default_rng(0)
     noise = [rng.standard_normal(shape).astype(np.float16) for shape in shapes]
     schema = pa.schema([*OWN_FIELDS, ("num_duplicates", pa.int32()), ("shard", pa.int32())])
