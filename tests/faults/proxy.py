@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Action = Literal["lose_reply", "drop", "status"]
+Action = Literal["lose_reply", "drop", "status", "forget_condition"]
 
 
 @dataclass
@@ -53,6 +53,9 @@ class Faults:
                     text = f"<?xml version='1.0'?><Error><Code>{rule.error}</Code><Message>injected</Message></Error>"
                     self._answer(rule.code, {"Content-Type": "application/xml"}, text.encode())
                     return
+                if rule and rule.action == "forget_condition":
+                    # As rclone's and Swift's S3 fronts do: the header is taken and means nothing.
+                    del self.headers["If-None-Match"]
                 upstream = http.client.HTTPConnection(urlsplit(faults.target).netloc, timeout=30)
                 upstream.request(self.command, self.path, body, dict(self.headers))
                 reply = upstream.getresponse()

@@ -11,6 +11,7 @@ import pytest
 from pipelines.doctor import doctor
 from pipelines.errors import StorageError
 from pipelines.storage import Store
+from tests.faults.proxy import Faults, Rule
 
 
 def verdicts(url: str, options: dict[str, Any] | None = None) -> dict[str, str]:
@@ -57,15 +58,15 @@ def test_a_store_that_checks_before_it_writes_is_weak_and_usable() -> None:
 
 
 def test_a_store_that_ignores_conditions_is_told_from_one_that_honours_them(
-    s3_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    # As Swift's S3 front and rclone's do: the header is taken and means nothing.
-    store = Store(f"s3://bkt/{tmp_path.name}", s3_options)
-    forgetful = type(store.filesystem)
-    monkeypatch.setattr(
-        Store, "create", lambda self, path, data: forgetful.pipe_file(self.filesystem, self.uri(path), data)
-    )
-    found = doctor(store.url, s3_options)
+    rule = Rule("PUT", "/bkt/", "forget_condition", times=1_000_000)
+    faults = Faults(s3_options["endpoint_url"], [rule])
+    try:
+        found = doctor(f"s3://bkt/{tmp_path.name}", {**s3_options, "endpoint_url": faults.url})
+    finally:
+        faults.close()
+    assert rule.fired > 300
     said = {f.name: f.verdict for f in found.findings}
     assert (said["create if absent"], said["one winner"], found.exit_code) == ("weak", "weak", 0)
     assert found.mode.startswith("read-back")
