@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from threading import Barrier
 from typing import Any, Literal
 
 from pipelines.errors import StorageError
-from pipelines.storage import Exists, Store
+from pipelines.storage import Exists, Store, error_code
 
 WRITERS, ROUNDS = 16, 20
 READS = 20
@@ -153,8 +154,11 @@ def _checksums(store: Store, path: str) -> tuple[Verdict, str]:
     key = f"{prefix}/{path}".lstrip("/")
     try:
         store.filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=b"the body", ContentMD5=wrong)
-    except Exception:  # noqa: BLE001 - whatever it is called, the damaged body was refused
-        return "ok", "a body that does not fit its checksum is refused"
+    except Exception as error:  # noqa: BLE001 - botocore makes its classes at run time
+        code = error_code(error)
+        if code in ("BadDigest", "InvalidDigest"):
+            return "ok", "a body that does not fit its checksum is refused"
+        return "weak", f"could not be asked ({code or str(error)[:120]}); run doctor again"
     return "weak", "a body that does not fit its checksum is taken; `verify --deep` is what finds such damage"
 
 
@@ -180,8 +184,8 @@ def _latency(store: Store, path: str) -> tuple[Verdict, str]:
         action()
         return (time.perf_counter() - start) * 1000
 
-    puts = [time_of(lambda n=n: store.write(f"{path}/{n}", b"x" * 4096)) for n in range(READS)]  # type: ignore[misc]
-    gets = [time_of(lambda n=n: store.read(f"{path}/{n}")) for n in range(READS)]  # type: ignore[misc]
+    puts = [time_of(partial(store.write, f"{path}/{n}", b"x" * 4096)) for n in range(READS)]
+    gets = [time_of(partial(store.read, f"{path}/{n}")) for n in range(READS)]
     text = f"4 kB: write {median(puts):.1f} ms, read {median(gets):.1f} ms (medians of {READS})"
     return "ok", text
 

@@ -304,12 +304,7 @@ class Store:
         name = type(error).__name__
         if self.local is not None:
             return StorageError(f"{self.url}: {text}; choose a folder that you may write to, with room on its disk")
-        code = ""
-        cause: BaseException | None = error
-        while cause is not None and not code:
-            response = getattr(cause, "response", None)
-            code = str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-            cause = cause.__cause__ or cause.__context__
+        code = error_code(error)
         if isinstance(error, TypeError):
             return StorageError(f"{self.url}: storage_options: {text}; see the options of fsspec's client for it")
         if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"):
@@ -327,6 +322,17 @@ class Store:
 
     def _sibling(self, target: Path, data: bytes) -> _Written:
         return _Written(self, target, data)
+
+
+def error_code(error: BaseException) -> str:
+    """What S3 calls an error, such as SlowDown; "" where it did not say."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict) and (code := str(response.get("Error", {}).get("Code", ""))):
+            return code
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 class _Again(Exception):

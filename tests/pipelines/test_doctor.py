@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.doctor import doctor
+from pipelines.doctor import _checksums, doctor
 from pipelines.errors import StorageError
 from pipelines.storage import Store
 from tests.faults.proxy import Faults, Rule
-
-
-def verdicts(url: str, options: dict[str, Any] | None = None) -> dict[str, str]:
-    return {finding.name: finding.verdict for finding in doctor(url, options).findings}
 
 
 def test_a_local_folder_is_fine_and_left_as_it_was(tmp_path: Path) -> None:
@@ -70,6 +66,20 @@ def test_a_store_that_ignores_conditions_is_told_from_one_that_honours_them(
     said = {f.name: f.verdict for f in found.findings}
     assert (said["create if absent"], said["one winner"], found.exit_code) == ("weak", "weak", 0)
     assert found.mode.startswith("read-back")
+
+
+@pytest.mark.parametrize(("code", "error", "verdict"), [(400, "BadDigest", "ok"), (503, "SlowDown", "weak")])
+def test_only_a_refusal_of_the_damaged_body_is_taken_for_one(
+    s3_options: dict[str, Any], tmp_path: Path, code: int, error: str, verdict: str
+) -> None:
+    rule = Rule("PUT", "/damaged$", "status", times=1_000, code=code, error=error)
+    faults = Faults(s3_options["endpoint_url"], [rule])
+    try:
+        store = Store(f"s3://bkt/{tmp_path.name}", {**s3_options, "endpoint_url": faults.url})
+        found, text = _checksums(store, "damaged")
+    finally:
+        faults.close()
+    assert (found, rule.fired > 0) == (verdict, True), text
 
 
 def test_no_bucket_is_one_line(s3_options: dict[str, Any]) -> None:
