@@ -273,7 +273,13 @@ def _execute(
     stop_path = heartbeat.stop_path(run_id)
     stages = []
     for i, (stage, (weights, facts)) in enumerate(zip(own.stages, models, strict=True)):
-        place = Place(stage, i, i == len(own.stages) - 1, image_loader(stage, facts, job.source), adapters[i])
+        place = Place(
+            stage,
+            i,
+            i == len(own.stages) - 1,
+            image_loader(stage, facts, job.source, adapters[i].size_multiple),
+            adapters[i],
+        )
         op = stage.bare()
         if not pools[i].num_gpus and op.device == "auto":
             # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
