@@ -15,7 +15,8 @@ from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.job import Source
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
-from pipelines.plans import Shard, read_shard
+from pipelines.plans import read_shard
+from pipelines.shards import Shard
 from pipelines.stages import AnyStage, Background, Buckets, Resized, reads
 from pipelines.storage import Store
 

@@ -18,7 +18,8 @@ from pipelines.equipment import encoder_of, plan_adapters, plan_models
 from pipelines.errors import JobError
 from pipelines.job import Job
 from pipelines.loading import LoadShard, image_loader
-from pipelines.plans import Plan, Shard, read_shard
+from pipelines.plans import Plan, read_shard
+from pipelines.shards import Shard
 from pipelines.sink import ShardWriter
 from pipelines.storage import Store
 from pipelines.worker import Place, Worker

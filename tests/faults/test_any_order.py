@@ -18,7 +18,8 @@ from pipelines.commit import commit_shard
 from pipelines.errors import NotWhole
 from pipelines.gc import collect
 from pipelines.heartbeat import present_s
-from pipelines.plans import Plan, Shard, read_plans
+from pipelines.plans import Plan, read_plans
+from pipelines.shards import Shard
 from pipelines.storage import Store
 from pipelines.totals import count, unfinished, write_success
 from tests.faults.simulation import HOUR, OLD, OURS, ROWS_PER_SHARD, attempt_at, bring_up_to_date, check
