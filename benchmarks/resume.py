@@ -6,8 +6,8 @@ Ours: a table of that many rows, one row a shard, planned; half of the shards' p
 lists them). `ldm-batch run` of that job is timed until the first new part stands in the output.
 
 The peer: Ray Data with its job checkpoint (`ray.data.checkpoint.CheckpointConfig`) on as many rows, half of them done
-by an earlier run, timed until the second run has written its first file. Memory is the sum of the proportional set sizes
-(PSS) of all processes of a run, shared memory among them, and of the driver alone.
+by an earlier run, timed until the second run has written its first file. Memory is the sum of the proportional set
+sizes (PSS) of all processes of a run, shared memory among them, and of the driver alone.
 """
 
 from __future__ import annotations

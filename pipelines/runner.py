@@ -147,8 +147,9 @@ def run(
     takeover: bool = False,
     address: str | None = None,
     listener: Listener | None = None,
+    grace_s: float | None = None,
 ) -> Summary:
-    """Plan, do what is left, count.
+    """Plan, do what is left, count. `grace_s` after Ctrl-C or SIGTERM what is still in flight is abandoned.
 
     Raises:
         LdmError: any of its kinds; whatever was committed before stays, and the same call does the rest.
@@ -164,7 +165,7 @@ def run(
             listener.planned(planned, todo)
         return Work(todo, {}, planned.models, planned.adapters, planned.num_duplicates, planned.num_gone)
 
-    return _alone(job, prepare, join, takeover, address, listener)
+    return _alone(job, prepare, join, takeover, address, listener, grace_s)
 
 
 def redo(
@@ -172,6 +173,7 @@ def redo(
     choose: Callable[[Store, list[Plan]], Rows],
     address: str | None = None,
     listener: Listener | None = None,
+    grace_s: float | None = None,
 ) -> Summary:
     """Make rows again that are in the manifest already, as they were planned, and put new parts in the old one's place.
 
@@ -200,7 +202,7 @@ def redo(
             listener.redoing(todo, sum(all_of[at] if keys is None else len(keys) for at, keys in rows.items()))
         return Work(todo, rows)
 
-    return _alone(job, prepare, False, False, address, listener)
+    return _alone(job, prepare, False, False, address, listener, grace_s)
 
 
 def _alone(
@@ -210,6 +212,7 @@ def _alone(
     takeover: bool,
     address: str | None,
     listener: Listener | None,
+    grace_s: float | None,
 ) -> Summary:
     """Do what `prepare` finds, unless another run is at it."""
     store = Store(job.sink.path, job.sink.storage_options)
@@ -218,16 +221,23 @@ def _alone(
     with heartbeat.Heartbeat(store, run_id):
         try:
             heartbeat.refuse_if_alive(store, run_id, join, takeover)
-            summary = _run(job, store, run_id, prepare(store), join, address, listener)
+            summary = _run(job, store, run_id, prepare(store), join, address, listener, grace_s)
         except BaseException as error:
-            _end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
+            heartbeat.end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
             raise
-        _end(store, run_id, asdict(summary))
+        heartbeat.end(store, run_id, asdict(summary))
     return summary
 
 
 def _run(
-    job: Job, store: Store, run_id: str, work: Work, join: bool, address: str | None, listener: Listener | None
+    job: Job,
+    store: Store,
+    run_id: str,
+    work: Work,
+    join: bool,
+    address: str | None,
+    listener: Listener | None,
+    grace_s: float | None,
 ) -> Summary:
     start = time.monotonic()
     done = Done()
@@ -236,7 +246,8 @@ def _run(
     if work.todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
         # Ray first: it takes over SIGTERM when it starts.
-        with ray_cluster(address), stop_on_signals(store, run_id, listener.stopping if listener else None) as stopped:
+        on_stop = listener.stopping if listener else None
+        with ray_cluster(address), stop_on_signals(store, run_id, on_stop, grace_s) as stopped:
             refuse_local_sink(store, job.sink.path)
             for one, wave in ((p, wave) for p, shards in work.todo for wave in shards.waves(WAVE)):
                 if stopped:
@@ -450,7 +461,3 @@ def _environment() -> dict[str, Any]:
 
     packages = ("ldm-batch", "ray", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
     return {"python": platform.python_version(), "platform": platform.platform(), **{p: version(p) for p in packages}}
-
-
-def _end(store: Store, run_id: str, body: dict[str, Any]) -> None:
-    store.write(f"{heartbeat.RUNS}/{run_id}/ended.json", json.dumps(body, default=str).encode())
