@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.op import Row
-from ldm_ops.pixels import from_uint8
+from ldm_ops.pixels import from_uint8, is_one_colour
 from ldm_ops.sampling import Pipeline, Sampling
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class Inpaint(Sampling):
             "strength": strength,
             "callback_on_step_end": _Keep.of(model.pipe, images_BCHW, masks_BCHW, [row["seed"] for row in rows]),
         }
+
+    def _may_be_one_colour(self, row: Row) -> bool:
+        # What stood before a plain background may have been painted out.
+        return super()._may_be_one_colour(row) or is_one_colour(row["image"][row["mask_image"] < 128])
 
     def _finish(self, images_BCHW: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         if not self.preserve_unmasked:

@@ -34,6 +34,12 @@ def grey(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(picture).convert("L"))
 
 
+def is_one_colour(pixels: NDArray[np.uint8]) -> bool:
+    """Whether pixels (…, C), at least one, all have the same colour."""
+    first = pixels.reshape(-1, pixels.shape[-1])[:1]
+    return bool(len(first)) and bool((pixels == first).all())
+
+
 def from_uint8(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
     """(H, W, 3) or (H, W) uint8 each, all of one size → images_BCHW in [0, 1], float32 on the CPU."""
     import numpy as np

@@ -16,7 +16,7 @@ from ldm_ops.adapters import NO_ADAPTERS, Adapters, LoraSlot
 from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
-from ldm_ops.pixels import as_BCHW, from_uint8, grey, to_uint8
+from ldm_ops.pixels import as_BCHW, from_uint8, grey, is_one_colour, to_uint8
 from ldm_ops.schedulers import make_scheduler, scheduler_name
 
 if TYPE_CHECKING:
@@ -118,6 +118,11 @@ class Sampling(Op):
         """A last word on the pictures, in [0, 1]."""
         return images_BCHW
 
+    def _may_be_one_colour(self, row: Row) -> bool:
+        """Whether a picture of a single colour can be what the row asks for: it brings one."""
+        brought = (row.get("image"), row.get("control_image"))
+        return any(is_one_colour(picture) for picture in brought if picture is not None)
+
     def load(self, folder: Path, adapters: Adapters = NO_ADAPTERS) -> Pipeline:
         """Load the pipeline from a local folder onto the device, and with it what goes beside it.
 
@@ -180,7 +185,8 @@ class Sampling(Op):
         (H, W, 3)).
 
         Raises:
-            RowRefused: a picture with NaN, or a row that asks for what the pipeline does not take.
+            RowRefused: a picture with NaN, one of a single colour, or a row that asks for what the pipeline does not
+                take.
         """
         import torch
 
@@ -197,6 +203,13 @@ class Sampling(Op):
                 raise RowRefused("model.nan", "the model gave NaN; try dtype: fp32 or bf16, or another scheduler")
             flagged = self._flag(model, images_BCHW)
             pictures = to_uint8(self._finish(images_BCHW, rows))
+            for picture, row in zip(pictures, rows, strict=True):
+                if is_one_colour(picture) and not self._may_be_one_colour(row):
+                    colour = ", ".join(str(level) for level in picture[0, 0])
+                    raise RowRefused(
+                        "model.blank",
+                        f"all pixels are ({colour}); try dtype: fp32 or bf16, another scheduler or guidance_scale",
+                    )
             previews = [to_uint8(decode(model.pipe, x)) for x in kept.latents] if kept else []
         outputs: list[dict[str, Any]] = []
         for i, picture in enumerate(pictures):

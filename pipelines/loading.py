@@ -14,6 +14,7 @@ from pipelines.blocks import GEOMETRY, KEPT, RESULT_FIELDS, error_message, pack,
 from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.job import Source
+from pipelines.journal import journal_of
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
 from pipelines.plans import read_shard
 from pipelines.shards import Shard
@@ -58,6 +59,8 @@ FILES_HELD = 2
 """Files of latents at a time; the plan sorts rows by where their latents lie."""
 
 
+Files = dict[str, tuple[LatentsHead, pa.Table] | NotLatents]
+
 PLACE = pa.schema(
     [
         ("file", pa.string()),
@@ -84,7 +87,15 @@ def place(shard: Shard, redo: frozenset[str] | None = None, unless_done: bool = 
 class LoadShard:
     """Callable on a `place`; returns its rows with what they bring along, none where all is done."""
 
-    def __init__(self, store: Store, loader: Loader | None, encoder: str, storage_options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        loader: Loader | None,
+        encoder: str,
+        storage_options: dict[str, Any],
+        journal: str | None = None,
+    ) -> None:
+        self.journal = journal
         self.store = store
         self.loader = loader
         self.encoder = encoder
@@ -116,16 +127,32 @@ class LoadShard:
         rows = table.to_pylist()
         results = [{} if row["problem"] is None else _failed("plan", "row.invalid", row["problem"]) for row in rows]
         fine = [i for i, result in enumerate(results) if not result]
-        if self.loader is not None:
-            for i, loaded in zip(fine, self.loader([rows[i] for i in fine]), strict=True):
-                results[i] = _image(loaded)
-        files: dict[str, tuple[LatentsHead, pa.Table] | NotLatents] = {}
+        if not fine or (self.loader is None and all(rows[i]["latents"] is None for i in fine)):
+            return with_results(table, results)
+        if self.journal is None:
+            self._bring(rows, fine, results, {})
+            return with_results(table, results)
+        record = journal_of(self.journal).open(f"load-{rows[0]['key']}", f"loading shard {rows[0]['shard']}")
         for i in fine:
-            if rows[i]["latents"] is not None:
-                results[i] = self._latents(rows[i]["latents"], files)
+            if death := record.verdict(rows[i]["key"]):
+                results[i] = _failed("load", death.kind, death.words)
+        fine = [i for i in fine if not results[i]]
+        files: Files = {}
+        for some in [[i] for i in fine] if record.suspects else [fine]:
+            with record.doing([rows[i]["key"] for i in some]):
+                self._bring(rows, some, results, files)
+        record.close()
         return with_results(table, results)
 
-    def _latents(self, where: str, files: dict[str, tuple[LatentsHead, pa.Table] | NotLatents]) -> dict[str, Any]:
+    def _bring(self, rows: list[dict[str, Any]], some: list[int], results: list[dict[str, Any]], files: Files) -> None:
+        if self.loader is not None:
+            for i, loaded in zip(some, self.loader([rows[i] for i in some]), strict=True):
+                results[i] = _image(loaded)
+        for i in some:
+            if rows[i]["latents"] is not None:
+                results[i] = self._latents(rows[i]["latents"], files)
+
+    def _latents(self, where: str, files: Files) -> dict[str, Any]:
         uri, _, number = where.rpartition("#")
         if uri not in files:
             folder, _, name = uri.rpartition("/")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ldm_ops.describe import ModelFacts
-from pipelines import heartbeat, manifest
+from pipelines import errors, heartbeat, manifest
 from pipelines.adapters import AND, StageAdapters
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
 from pipelines.equipment import encoder_of, plan_adapters, plan_models, signer
@@ -31,6 +32,7 @@ from pipelines.errors import (
 )
 from pipelines.image_folder import write_metadata
 from pipelines.job import Job
+from pipelines.journal import MOST_DEATHS_PER_ROW, forget
 from pipelines.loading import LoadShard, image_loader, place
 from pipelines.planner import Planned, plan
 from pipelines.plans import Plan, read_plans, read_shard
@@ -46,10 +48,12 @@ from pipelines.worker import Place, Worker
 if TYPE_CHECKING:
     import ray.data
 
-RESTARTS, RETRIES = 4, 4
 WAVE = 8192
 """Shards that Ray hears of at a time: each costs it memory and a millisecond before the first begins. A wave ends with
 workers that wait for the last of it, and the next loads the model again; at a minute a shard that is little."""
+
+SPARE_DEATHS = 100
+"""Workers that may die, beside those that rows kill, before Ray gives a pool up."""
 
 CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the first computes
 
@@ -225,6 +229,8 @@ def _alone(
         except BaseException as error:
             heartbeat.end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
             raise
+        finally:
+            forget(run_id)
         heartbeat.end(store, run_id, asdict(summary))
     return summary
 
@@ -254,7 +260,12 @@ def _run(
                     break
                 for receipt in _execute(store, run_id, job, work, one, wave, join, listener):
                     done.add(receipt)
-                    failed.add(receipt)
+                    try:
+                        failed.add(receipt)
+                    except RunFailed:
+                        # Ray would go on with what it holds for as long as somebody holds its iterator.
+                        heartbeat.ask_to_stop(store, run_id)
+                        raise
             code = stopped[0] if stopped else EXIT_OK
         if not stopped and store.read(heartbeat.stop_path(run_id)) is not None:
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
@@ -296,15 +307,16 @@ def _execute(
     models = plan_models(plan, own, work.models, options)
     adapters = plan_adapters(plan, own, work.adapters, models, options)
     sizes = [weights.num_bytes + beside.num_bytes for (weights, _), beside in zip(models, adapters, strict=True)]
-    pools = fit(list(zip(pool_stages(own, job), sizes, strict=True)))
+    spread = pool_stages(own, job)
+    pools = fit(list(zip(spread, sizes, strict=True)))
     refuse_local_images(store, todo[0])
     stop_path = heartbeat.stop_path(run_id)
     stages = []
-    for i, (stage, (weights, facts)) in enumerate(zip(own.stages, models, strict=True)):
+    for i, (stage, (weights, facts)) in enumerate(zip(spread, models, strict=True)):
         place = Place(
             stage,
             i,
-            i == len(own.stages) - 1,
+            i == len(spread) - 1,
             image_loader(stage, facts, job.source, adapters[i].size_multiple),
             adapters[i],
         )
@@ -333,6 +345,7 @@ def _execute(
         ),
         join=join,
         storage_options=options,
+        journal=f"{run_id}-{plan.plan_id}",
     )
     if listener:
         listener.started()
@@ -364,12 +377,15 @@ def refuse_local_sink(store: Store, path: str) -> None:
         )
 
 
+OF_NOW = ("workers", "num_gpus", "num_cpus", "batch_timeout_s")
+
+
 def pool_stages(own: Job, job: Job) -> list[AnyStage]:
-    """The stages of a plan, spread over the cluster as the job says now: that changes nothing of what comes out."""
+    """The stages of a plan, with what the job says now of how they are run: that changes nothing of what comes out."""
     if [stage.op for stage in own.stages] != [stage.op for stage in job.stages]:
         return own.stages
     return [
-        stage.model_copy(update={name: getattr(now, name) for name in ("workers", "num_gpus", "num_cpus")})
+        stage.model_copy(update={name: getattr(now, name) for name in OF_NOW})
         for stage, now in zip(own.stages, job.stages, strict=True)
     ]
 
@@ -404,6 +420,7 @@ def dataset(
     writer: ShardWriter,
     join: bool,
     storage_options: dict[str, Any],
+    journal: str,
 ) -> ray.data.Dataset:
     """The whole pipeline, lazily; one shard is one block from end to end. `join` skips shards that are done by now."""
     import ray.data
@@ -412,20 +429,23 @@ def dataset(
     places = ray.data.from_arrow([place(shard, redo.get((shard.plan_id, shard.index)), join) for shard in todo])
     first: Place = stages[0][1][0]
     first_weights: Weights = stages[0][1][2]
-    load = LoadShard(store, first.loader, first_weights.revision, storage_options)
-    shards = places.map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    for pool, arguments in stages:
-        at: Place = arguments[0]
-        # A class of its own per stage, or Ray's dashboard calls all of them by the same name.
-        worker_class = type(f"{at.stage.op.title()}{at.index or ''}", (Worker,), {})
-        with warnings.catch_warnings():
-            # Ray's default restarts a worker for ever; the finite limits have no named parameter yet (Ray 2.60).
-            warnings.simplefilter("ignore")
+    # Finite, and more than it takes: each death either names rows in the journal, or is one of few that may not.
+    deaths = SPARE_DEATHS + MOST_DEATHS_PER_ROW * int(todo.num_rows.sum())
+    load = LoadShard(store, first.loader, first_weights.revision, storage_options, journal)
+    shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    task = {**shape, "num_cpus": TASK_CPUS, "max_retries": deaths}
+    with warnings.catch_warnings():
+        # Ray Data's defaults start what dies again for ever; finite limits have no named parameter yet (Ray 2.60).
+        warnings.simplefilter("ignore")
+        shards = places.map_batches(load, **task)
+        for pool, arguments in stages:
+            at: Place = arguments[0]
+            # A class of its own per stage, or Ray's dashboard calls all of them by the same name.
+            worker_class = type(f"{at.stage.op.title()}{at.index or ''}", (Worker,), {})
             shards = shards.map_batches(
                 worker_class,
-                fn_constructor_args=arguments,
-                batch_size=None,
-                batch_format="pyarrow",
+                **shape,
+                fn_constructor_args=(*arguments, journal),
                 # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
                 compute=ray.data.ActorPoolStrategy(
                     size=pool.workers,
@@ -434,10 +454,10 @@ def dataset(
                 ),
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
-                max_restarts=RESTARTS,
-                max_task_retries=RETRIES,
+                max_restarts=deaths,
+                max_task_retries=deaths,
             )
-    return shards.map_batches(writer, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+        return shards.map_batches(writer, **task)
 
 
 def plain_error(error: BaseException) -> LdmError:
@@ -449,11 +469,15 @@ def plain_error(error: BaseException) -> LdmError:
         if isinstance(here, LdmError):
             return here
         here = getattr(here, "cause", None) or here.__cause__ or here.__context__
-    inner = seen[-1]
+    # Ray Data hangs a wordless exception of its own behind the one that tells.
+    inner = next((error for error in reversed(seen) if str(error).strip()), seen[-1])
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return RunFailed(
-        f"{type(inner).__name__}: {lines[-1] if lines else inner}; what is committed stays, run the same command again"
-    )
+    last = lines[-1] if lines else str(inner)
+    # Of a worker that died while it started only the text of its traceback is left.
+    if own := re.match(r"pipelines\.errors\.(\w+): (.+)", last):
+        kind: type[LdmError] = getattr(errors, own[1], RunFailed)
+        return kind(own[2])
+    return RunFailed(f"{type(inner).__name__}: {last}; what is committed stays, run the same command again")
 
 
 def _environment() -> dict[str, Any]:

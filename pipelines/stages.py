@@ -57,6 +57,13 @@ class Pool(BaseModel):
     num_threads: int = Field(
         1, ge=1, le=1024, description="torch threads of one worker; more workers beat more threads while memory lasts"
     )
+    batch_timeout_s: float = Field(
+        3600,
+        gt=0,
+        le=7 * 86400,
+        description="seconds after which a worker that hangs in one device call is ended; a row that does it alone, "
+        "too, fails with worker.timeout",
+    )
     keep: bool = Field(False, description="of a stage that is not the last: write its pictures too")
 
     op_class: ClassVar[type[Op]]

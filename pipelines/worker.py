@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
 from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, pack, unpack, with_results
 from pipelines.inputs import BadImage, Loader
+from pipelines.journal import Death, Record, journal_of
 from pipelines.rows import derived_seed
 from pipelines.stages import ROW_PARAMETERS, AnyStage
 from pipelines.storage import Store
@@ -59,10 +62,17 @@ class Place:
 class Worker:
     """Callable on one shard, a table of planned rows with results so far; returns it with this stage's results.
 
-    Empty once a stop is asked.
+    Empty once a stop is asked. With the name of a `journal`, a row that kills the process becomes a dead letter once
+    its successors, under the same name, have seen that it does.
     """
 
-    def __init__(self, place: Place, op: Op, weights: Weights, store: Store, stop_path: str) -> None:
+    def __init__(
+        self, place: Place, op: Op, weights: Weights, store: Store, stop_path: str, journal: str | None = None
+    ) -> None:
+        self.journal = None if journal is None else journal_of(journal)
+        loading = self.journal and self.journal.open(
+            f"stages.{place.index}-load-{actor_id()}", f"stages.{place.index}: loading {weights.name}"
+        )
         set_threads(place.stage.num_threads)
         self.place = place
         self.op = op
@@ -71,6 +81,8 @@ class Worker:
         self.stop_path = stop_path
         folder = fetch(weights)
         self.model = op.load(folder, place.adapters.fetch()) if isinstance(op, Sampling) else op.load(folder)
+        if loading:
+            loading.close()
         self.loras = LoraShelf(place.adapters)
         self.device = device_name(op.device)
         self.safe_size: dict[tuple[Any, ...], int] = {}
@@ -80,31 +92,58 @@ class Worker:
         if self.store.read(self.stop_path) is not None:
             return shard.slice(0, 0)
         rows = shard.to_pylist()
+        if not rows:
+            return shard
+        record = self._record(rows[0])
         results = [{field.name: row[field.name] for field in RESULT_FIELDS} for row in rows]
         # By what must be equal, in the shard's own order: the plan fixes the shard, and with it every batch.
         buckets: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
         for i, planned in enumerate(rows):
             if planned["status"] is not None:
                 continue
+            if record and (death := record.verdict(planned["key"])):
+                results[i] |= self._done(planned, fatality(death))
+                continue
             try:
-                row = self.place.row(planned)
-                row["loras"] = self.loras.take(row["lora"], row["lora_revision"], row["lora_scale"])
+                with record.doing([planned["key"]]) if record else nullcontext():
+                    row = self.place.row(planned)
+                    row["loras"] = self.loras.take(row["lora"], row["lora_revision"], row["lora_scale"])
             except (BadImage, RowRefused) as error:
                 results[i] |= self._done(planned, failure(self.op, error))
                 continue
-            buckets.setdefault(self.op.bucket(row), []).append((i, row))
+            buckets.setdefault(self.op.bucket(row), []).append((i, {**row, "key": planned["key"]}))
         size = self.place.stage.batch_size
+        suspects = record.suspects if record else set()
         for bucket, members in buckets.items():
             for first in range(0, len(members), size):
                 batch = members[first : first + size]
-                made = self._batch(bucket, [row for _, row in batch])
-                for (i, row), result in zip(batch, made, strict=True):
-                    results[i] |= self._done(rows[i], result, row)
+                # One at a time, and padded, so with the same bytes.
+                alone = [[member] for member in batch if member[1]["key"] in suspects]
+                together = [member for member in batch if member[1]["key"] not in suspects]
+                for some in ([together] if together else []) + alone:
+                    made = self._batch(bucket, [row for _, row in some], record)
+                    for (i, row), result in zip(some, made, strict=True):
+                        results[i] |= self._done(rows[i], result, row)
+        if record:
+            record.close()
         return with_results(shard, results)
 
-    def _batch(self, bucket: tuple[Any, ...], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _record(self, first: Row) -> Record | None:
+        if self.journal is None:
+            return None
+        place = f"stages.{self.place.index}"
+        return self.journal.open(f"{place}-{first['key']}", f"{place}: shard {first['shard']}")
+
+    def _batch(
+        self, bucket: tuple[Any, ...], rows: list[dict[str, Any]], record: Record | None
+    ) -> list[dict[str, Any]]:
         start = time.perf_counter()
-        results = make(self.op, self.model, rows, self.safe_size.get(bucket, self.place.stage.batch_size))
+
+        def watched(some: Sequence[Row]) -> Watch:
+            keys = [row["key"] for row in some]
+            return record.doing(keys, self.place.stage.batch_timeout_s) if record else unwatched(some)
+
+        results = make(self.op, self.model, rows, self.safe_size.get(bucket, self.place.stage.batch_size), watched)
         self.safe_size[bucket] = min(result["batch_size"] for result in results)
         each = (time.perf_counter() - start) / len(rows)
         return [{**result, "duration_s": each} for result in results]
@@ -140,7 +179,23 @@ class Worker:
         return {field.name: done[field.name] for field in RESULT_FIELDS if field.name in done}
 
 
-def make(op: Op, model: Any, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
+Watch = AbstractContextManager[Callable[[str], None]]
+"""What a device batch is done in; it yields what takes the last words of a process that is about to end itself."""
+
+
+@contextmanager
+def unwatched(rows: Sequence[Row]) -> Iterator[Callable[[str], None]]:
+    """Of a process that nobody starts again."""
+
+    def say(words: str) -> None:
+        sys.stderr.write(f"{words}\n")
+
+    yield say
+
+
+def make(
+    op: Op, model: Any, rows: Sequence[Row], size: int, watched: Callable[[Sequence[Row]], Watch] = unwatched
+) -> list[dict[str, Any]]:
     """One result per row; never raises for a row's fault.
 
     Each device batch is padded to `size` with its last row, so the device sees one shape. Where it raises, it is halved
@@ -149,23 +204,32 @@ def make(op: Op, model: Any, rows: Sequence[Row], size: int) -> list[dict[str, A
     """
     if len(rows) > size:
         pieces = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return [result for piece in pieces for result in make(op, model, piece, size)]
+        return [result for piece in pieces for result in make(op, model, piece, size, watched)]
     try:
-        outputs = op.run(model, [*rows, *[rows[-1]] * (size - len(rows))])[: len(rows)]
-        return [{**success(output), "batch_size": size} for output in outputs]
+        with watched(rows) as say:
+            outputs = _run(op, model, [*rows, *[rows[-1]] * (size - len(rows))], say)
+        return [{**success(output), "batch_size": size} for output in outputs[: len(rows)]]
     except Exception as error:  # noqa: BLE001 - the one place where any row's fault becomes its own row's failure
-        if "CUDA error" in str(error):
-            # A poisoned context fails every later row too; only a new process is clean.
-            os._exit(1)
         short_of_memory = op.is_out_of_memory(error) and size > 1
         if len(rows) == 1 and not short_of_memory:
             return [{**failure(op, error), "batch_size": size}]
     # Outside the handler, where the exception no longer holds the failed batch's tensors.
     if short_of_memory:
         free_memory()
-        return make(op, model, rows, -(-size // 2))
+        return make(op, model, rows, -(-size // 2), watched)
     middle = len(rows) // 2
-    return make(op, model, rows[:middle], size) + make(op, model, rows[middle:], size)
+    return make(op, model, rows[:middle], size, watched) + make(op, model, rows[middle:], size, watched)
+
+
+def _run(op: Op, model: Any, rows: Sequence[Row], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    try:
+        return op.run(model, rows)
+    except Exception as error:
+        if "CUDA error" in str(error):
+            # A poisoned context fails every later row too; only a new process is clean.
+            say(first_line(error))
+            os._exit(1)
+        raise
 
 
 def success(output: dict[str, Any]) -> dict[str, Any]:
@@ -203,5 +267,20 @@ def failure(op: Op, error: Exception) -> dict[str, Any]:
         kind = error.kind
     else:
         kind = "model.oom" if op.is_out_of_memory(error) else type(error).__name__
-    first = (str(error).strip().splitlines() or [""])[0]
-    return {"status": "failed", "error_type": kind, "error_message": error_message(first)}
+    return {"status": "failed", "error_type": kind, "error_message": error_message(first_line(error))}
+
+
+def fatality(death: Death) -> dict[str, Any]:
+    """What a row does to its worker as results."""
+    return {"status": "failed", "error_type": death.kind, "error_message": error_message(death.words)}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def actor_id() -> str:
+    """Of the Ray actor that this process is, the same after Ray has started it again; empty outside Ray."""
+    import ray
+
+    return (ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None) or ""

@@ -255,7 +255,18 @@ UNUSED: list[tuple[str, str, dict[str, Any], str]] = [
 ]
 
 ALWAYS = {
-    *("op", "model", "device", "dtype", "batch_size", "workers", "num_gpus", "num_cpus", "num_threads"),
+    *(
+        "op",
+        "model",
+        "device",
+        "dtype",
+        "batch_size",
+        "workers",
+        "num_gpus",
+        "num_cpus",
+        "num_threads",
+        "batch_timeout_s",
+    ),
     *("scheduler", "num_inference_steps", "strength", "preserve_unmasked", "lora", "vae", "textual_inversion"),
     *("tile_px", "tile_overlap_px", "resolution", "posterior", "random_flip", "store_dtype"),
     *("sink.path", "sink.layout", "source.path", "source.rows", "source.on_bad_row", "source.storage_options"),
