@@ -61,7 +61,7 @@ class Poisoned:
     precision: float
     recall: float
     right_types: float
-    others_equal: bool
+    num_changed: int
     undisturbed_s: float
     poisoned_s: float
     error_types: dict[str, int] = field(default_factory=dict)
@@ -114,10 +114,14 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
-def prompts(num_rows: int, each: int, kinds: Sequence[str]) -> list[str]:
-    """`num_rows` prompts in a fixed random order, `each` of every kind of poison among them."""
-    poison = [f"{kind} a red circle {i}" for kind in kinds for i in range(each)]
-    fine = [f"a red circle {i}" for i in range(num_rows - len(poison))]
+def rows_of(num_rows: int, each: int, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """`num_rows` rows in a fixed random order, `each` of every kind of poison among them.
+
+    Those for which memory is short have a size of their own, as such rows do: all rows of a batch need the same.
+    """
+    poison = [{"prompt": f"{kind} a red circle {i}"} for kind in kinds for i in range(each)]
+    poison = [{**row, "height": 72} if row["prompt"].startswith("oom") else row for row in poison]
+    fine = [{"prompt": f"a red circle {i}"} for i in range(num_rows - len(poison))]
     return random.Random(5).sample([*poison, *fine], num_rows)
 
 
@@ -132,7 +136,7 @@ def poisonous() -> Iterator[None]:
         Txt2ImgStage.op_class = own
 
 
-def job(model: Path, out: Path | str, rows: list[str], workers: int, timeout_s: float, **sink: Any) -> Job:
+def job(model: Path, out: Path | str, rows: list[dict[str, Any]], workers: int, timeout_s: float, **sink: Any) -> Job:
     stage = {
         "op": "txt2img",
         "model": str(model),
@@ -157,14 +161,15 @@ def measure(
     each: int = 1,
     workers: int = 1,
     kinds: Sequence[str] = tuple(POISON),
-    timeout_s: float = 5.0,
+    timeout_s: float = 10.0,
 ) -> Poisoned:
     """One run without poison and one with it, under `folder`; needs no Ray that is connected, and takes one that is."""
     model = save_model(folder / "model")
-    rows = prompts(num_rows, each, kinds)
-    poison = {prompt: POISON[prompt.split()[0]] for prompt in rows if prompt.split()[0] in POISON}
+    rows = rows_of(num_rows, each, kinds)
+    first = {row["prompt"]: row["prompt"].split()[0] for row in rows}
+    poison = {prompt: POISON[word] for prompt, word in first.items() if word in POISON}
     seconds = []
-    for name, some in (("undisturbed", [p for p in rows if p not in poison]), ("poisoned", rows)):
+    for name, some in (("undisturbed", [row for row in rows if row["prompt"] not in poison]), ("poisoned", rows)):
         start = time.perf_counter()
         with poisonous():
             run(job(model, folder / name, some, workers, timeout_s))
@@ -179,7 +184,7 @@ def measure(
         precision=len(dead.keys() & poison.keys()) / len(dead) if dead else 1.0,
         recall=len(dead.keys() & poison.keys()) / len(poison) if poison else 1.0,
         right_types=sum(dead.get(prompt) == kind for prompt, kind in poison.items()) / max(1, len(poison)),
-        others_equal={prompt: made for prompt, made in found.items() if prompt not in poison} == undisturbed,
+        num_changed=sum(found[prompt] != made for prompt, made in undisturbed.items()),
         undisturbed_s=seconds[0],
         poisoned_s=seconds[1],
         error_types={kind: list(dead.values()).count(kind) for kind in sorted({*map(str, dead.values())})},
@@ -195,7 +200,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), given.rows, given.each, given.workers)
     print(json.dumps(asdict(figures)), flush=True)
-    if not (figures.precision == figures.recall == figures.right_types == 1.0 and figures.others_equal):
+    if not (figures.precision == figures.recall == figures.right_types == 1.0 and not figures.num_changed):
         raise SystemExit("a wrong row died, or another changed")
 
 

@@ -44,17 +44,20 @@ MOST_DEATHS_PER_ROW = 1 + ROW_BEARS // SILENT
 """Once among others, then alone."""
 
 KEEP_DAYS = 7
+VMSTAT = Path("/proc/vmstat")
 MAX_SAID_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
 class Death:
-    """How one process ended, at which rows. `words` say it in a message; `weight` is SILENT or PLAIN."""
+    """How one process ended, at which rows. `words` say it in a message; `weight` is SILENT or PLAIN; `starved` where
+    the kernel did it for want of memory."""
 
     died: list[str]
     kind: str
     words: str
     weight: int
+    starved: bool = False
 
 
 class Journal:
@@ -107,6 +110,10 @@ class Record:
     def suspects(self) -> set[str]:
         """Keys of rows at which a process died; each is to be done alone."""
         return {key for death in self.deaths for key in death.died}
+
+    def starved(self, key: str) -> bool:
+        """Whether there was too little memory for this row alone, in a batch of the frozen size."""
+        return any(death.starved for death in self.deaths if death.died == [key])
 
     def verdict(self, key: str) -> Death | None:
         """The last of the deaths at this row alone, with how many there were, once they are too many."""
@@ -185,7 +192,8 @@ def _death(said: Path, begun: dict[str, Any] | None) -> Death:
     if fatal := re.search(r"^Fatal Python error: (.*)", text, re.MULTILINE):
         return Death(keys, CRASH, f"the worker died: {fatal[1]}{where}", PLAIN)
     if begun and begun["oom_kills"] is not None and (oom_kills() or 0) > begun["oom_kills"]:
-        return Death(keys, CRASH, "the worker was killed, and the kernel's out-of-memory killer was at work", PLAIN)
+        words = "the worker was killed, and the kernel's out-of-memory killer was at work"
+        return Death(keys, CRASH, words, PLAIN, starved=True)
     silent = "the worker was killed without a word, as Ray's memory monitor and the kernel's out-of-memory killer do"
     return Death(keys, CRASH, silent, SILENT)
 
@@ -206,7 +214,7 @@ def innermost(dump: str, thread: int) -> str:
 def oom_kills() -> int | None:
     """How many processes this machine's kernel has killed for memory so far; None where it does not say (not Linux)."""
     try:
-        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(encoding="ascii"), re.MULTILINE)
+        found = re.search(r"^oom_kill (\d+)$", VMSTAT.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) if found else None

@@ -143,7 +143,11 @@ class Worker:
             keys = [row["key"] for row in some]
             return record.doing(keys, self.place.stage.batch_timeout_s) if record else unwatched(some)
 
-        results = make(self.op, self.model, rows, self.safe_size.get(bucket, self.place.stage.batch_size), watched)
+        size = self.safe_size.get(bucket, self.place.stage.batch_size)
+        if record and len(rows) == 1 and record.starved(rows[0]["key"]):
+            # What found no room in the frozen shape may find it in the smallest, as where an allocation raises.
+            size = 1
+        results = make(self.op, self.model, rows, size, watched)
         self.safe_size[bucket] = min(result["batch_size"] for result in results)
         each = (time.perf_counter() - start) / len(rows)
         return [{**result, "duration_s": each} for result in results]

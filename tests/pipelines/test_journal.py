@@ -18,6 +18,7 @@ from PIL import Image
 
 import pipelines
 from ldm_ops.op import Op, Row
+from pipelines import journal
 from pipelines.blocks import unpack
 from pipelines.errors import RunFailed
 from pipelines.inputs import BadImage, Loaded, Loader
@@ -52,6 +53,10 @@ class Deadly(Op):
         if not self.once or (self.batches and len(self.batches.read_text().splitlines()) == 1):
             for row in rows:
                 die(row["prompt"].split()[0])
+            if len(rows) > 1 and any(row["prompt"].startswith("starve") for row in rows):
+                # As the kernel does for whom it kills.
+                journal.VMSTAT.write_text(f"oom_kill {(journal.oom_kills() or 0) + 1}\n")
+                die("killed")
         return [{"image": picture(row["prompt"]), "nsfw": None, "intermediates": []} for row in rows]
 
 
@@ -94,6 +99,7 @@ LOADER = DeadlyLoader(frozenset({"image"}), None, 8, "#ffffff", {})
 def process(job: Job, op: Deadly, folder: Path, answer: Any) -> None:
     """All shards of a planned job, as one process after the other would load and do them."""
     tempfile.tempdir = str(folder)
+    journal.VMSTAT = folder / "vmstat"
     store = Store(job.sink.path)
     [plan] = read_plans(store)
     weights, _ = identify(job.stage.model, None, None, {})
@@ -170,6 +176,14 @@ def test_a_row_that_kills_its_worker_is_the_only_one_that_fails(
     assert {len(batch) for batch in batches} == {4}
     for prompt in FINE:
         assert (unpack(rows[prompt]["pixels"]) == picture(prompt)).all()
+
+
+def test_a_batch_for_which_the_kernel_finds_no_memory_is_done_row_by_row(until_done: Any, tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("oom_kill 3\n")
+    rows, deaths, batches = until_done([f"starve {i}" for i in range(9)])
+    assert {(row["status"], row["stages"][0]["batch_size"]) for row in rows.values()} == {("ok", 1)}
+    # In a batch, then alone in one of its shape; from there on every row has one of its own.
+    assert (deaths, [len(batch) for batch in batches]) == (2, [4, 4, *[1] * 9])
 
 
 def test_an_image_that_kills_its_loader_is_the_only_one_that_fails(until_done: Any) -> None:
