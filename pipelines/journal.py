@@ -222,7 +222,7 @@ def oom_kills() -> int | None:
 
 def forget(run_id: str) -> None:
     """A run is over; on other nodes than this one its journals are swept out later."""
-    for folder in private_folder().glob(f"{run_id}-*"):
+    for folder in _folder().glob(f"{run_id}-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -232,7 +232,7 @@ def private_folder() -> Path:
     Raises:
         RunFailed: somebody else made it first.
     """
-    folder = Path(tempfile.gettempdir()) / f"ldm-batch-{os.getuid()}"
+    folder = _folder()
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if folder.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
@@ -246,3 +246,7 @@ def private_folder() -> Path:
         if old:
             shutil.rmtree(run, ignore_errors=True)
     return folder
+
+
+def _folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"ldm-batch-{os.getuid()}"
