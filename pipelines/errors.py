@@ -12,10 +12,19 @@ LdmError
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """`text` for a terminal: what steers one, or is no text, as a replacement character; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 class LdmError(Exception):
     """Base of all; the message says where, what came, what is allowed and what to do."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        # It quotes what a file, a table or a server said.
+        super().__init__(printable(message))
 
 
 class JobError(LdmError):
