@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import manifest
 from pipelines.errors import JobError, NotWhole
@@ -112,10 +110,10 @@ class Retry:
         seen: set[str] = set()
         for plan in plans:
             names = manifest.part_names(store, f"{manifest.FOLDER}/{plan.plan_id}")
-            for _, head, part in manifest.read_parts(store, names):
+            for name, head, part in manifest.read_parts(store, names):
                 if not head.num_failed:
                     continue
-                table = pq.read_table(pa.BufferReader(part), columns=["key", "status", "stage", "error_type"])
+                table = manifest.read_part(part, ("key", "status", "stage", "error_type"), store.uri(name))
                 rows = table.filter(pc.equal(table["status"], "failed")).to_pylist()
                 seen.update(row["error_type"] for row in rows)
                 asked = [row for row in rows if not self.error_types or row["error_type"] in self.error_types]

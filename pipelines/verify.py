@@ -203,8 +203,7 @@ def _parts(
                     report.fault(f"{path}: not a whole part", *everything)
                 elif head.keys_digest != shard.keys_digest:
                     report.fault(f"{path}: does not hold the rows that the plan names", *everything)
-                else:
-                    table = pq.read_table(pa.BufferReader(part))
+                elif (table := _rows(store, plan, shard, part, report)) is not None:
                     counts = {name: 0 for name in ("ok", "failed", "filtered")}
                     for status in table["status"].to_pylist():
                         counts[status] = counts.get(status, 0) + 1
@@ -213,6 +212,14 @@ def _parts(
                         report.fault(f"{path}: its rows are not as many of each status as it says", *everything)
                     counting.add(head, table)
                     yield shard, table.to_pylist()
+
+
+def _rows(store: Store, plan: Plan, shard: Shard, part: bytes, report: Report) -> pa.Table | None:
+    try:
+        return manifest.read_part(part, None, manifest.part_path(plan.plan_id, shard.index))
+    except NotWhole as error:
+        report.fault(str(error), *((plan.plan_id, shard.index, key) for key in _keys(store, shard, None)))
+        return None
 
 
 def _keys(store: Store, shard: Shard, head: manifest.PartHead | None) -> list[str]:
@@ -235,8 +242,8 @@ def _pieces(plan: Plan, row: dict[str, Any]) -> Iterator[Piece]:
         else:
             yield Piece(file, member if mark else None, *said)
     for other in [*(row["stages"] or ()), *(row["intermediates"] or ())]:
-        if other["uri"] is not None:
-            yield Piece(other["uri"], None, other["sha256"], other["num_bytes"], at)
+        if other is not None and other.get("uri") is not None:
+            yield Piece(other["uri"], None, other.get("sha256"), other.get("num_bytes"), at)
     if row.get("thumbnail") is not None:
         yield Piece(row["thumbnail"], None, None, None, at)
 
@@ -336,8 +343,8 @@ def _members(data: bytes, pieces: list[Piece]) -> dict[str, bytes]:
     if pieces[0].kind == "embeddings":
         try:
             table = pq.read_table(pa.BufferReader(data), columns=["prompt_embeds", "pooled_prompt_embeds"])
-        except pa.ArrowException as error:
-            raise ValueError(str(error)) from None
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError((str(error).splitlines() or ["empty"])[0]) from None
         both = dict(enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)))
         return {name: both[int(name)][0] + (both[int(name)][1] or b"") for name in names if int(name) in both}
     try:

@@ -133,7 +133,9 @@ def as_bytes(ending: str, rows: list[Row]) -> bytes:
 def _column(values: list[Any], i: int) -> pa.Array:
     """Of the values' own type where they have one; else of types that no CSV has."""
     try:
-        return pa.array(values)
+        array = pa.array(values)
+        pq.write_table(pa.table({"x": array}), io.BytesIO())
+        return array
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         others = [
             pa.array([decimal.Decimal("1.5")] * len(values)),
