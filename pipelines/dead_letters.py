@@ -32,7 +32,8 @@ COLUMNS = (
     "source_row",
 )
 EXAMPLES = 3
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""The last four are the same signs in full width, which some spreadsheets read alike."""
 
 
 @dataclass
@@ -68,14 +69,18 @@ def write_csv(output: str, path: Path, storage_options: dict[str, Any] | None = 
 
     Raises:
         NotWhole: no plan is there, or a part is not whole.
+        JobError: nothing can be written at `path`.
     """
     num_rows = 0
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in _rows(output, storage_options):
-            writer.writerow({name: _plain(value) for name, value in row.items()})
-            num_rows += 1
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for row in _rows(output, storage_options):
+                writer.writerow({name: _plain(value) for name, value in row.items()})
+                num_rows += 1
+    except OSError as error:
+        raise JobError(f"--csv {path}: cannot be written ({error.strerror}); choose another file") from None
     return num_rows
 
 

@@ -136,9 +136,7 @@ def part_bytes(rows: pa.Table, head: PartHead) -> bytes:
     """A part: the shard's manifest rows, its head in the footer."""
     buffer = io.BytesIO()
     # A bit that flips later is noticed by whoever reads its page.
-    pq.write_table(
-        rows.replace_schema_metadata(head.metadata()), buffer, compression="zstd", write_page_checksum=True
-    )
+    pq.write_table(rows.replace_schema_metadata(head.metadata()), buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 
@@ -183,9 +181,7 @@ def attempt_of(part: bytes) -> str | None:
     return head.attempt if head else None
 
 
-def read_part(
-    part: bytes, columns: tuple[str, ...] | None = None, where: str = "a part of the output"
-) -> pa.Table:
+def read_part(part: bytes, columns: tuple[str, ...] | None = None, where: str = "a part of the output") -> pa.Table:
     """A part as a table, without its head; columns of SCHEMA that an older version did not write are null.
 
     Raises:

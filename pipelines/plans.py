@@ -14,9 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from pipelines.commit import commit
 from pipelines.errors import NotWhole, OutputHeldByOther
+from pipelines.job import Job
 from pipelines.manifest import METADATA_JSONL, SCHEMA
 from pipelines.shards import PLANS, Shards
 from pipelines.storage import ObjectStore
@@ -58,6 +60,23 @@ class Plan:
         if not (_all_are(int, numbers) and _all_are(str, texts) and _all_are(dict, (plan.job, plan.settings))):
             raise TypeError("a field of another type")
         return plan
+
+
+def job_of(plan: Plan) -> Job:
+    """The job that a plan was made of.
+
+    Raises:
+        NotWhole: this version of ldm-batch does not read it.
+    """
+    try:
+        return Job.model_validate(plan.job)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise NotWhole(
+            f"plan {plan.plan_id} holds a job that this version cannot read ({field}: {first['msg']}); use the version "
+            "that made it, or choose a new sink.path"
+        ) from None
 
 
 def _all_are(kind: type, values: Iterable[Any]) -> bool:
@@ -159,9 +178,7 @@ def read_rows(store: ObjectStore, file: str, columns: list[str]) -> pa.Table:
     return _rows(store, file, lambda parquet: parquet.read(columns), columns)
 
 
-def _rows(
-    store: ObjectStore, file: str, read: Callable[[pq.ParquetFile], pa.Table], needed: Iterable[str]
-) -> pa.Table:
+def _rows(store: ObjectStore, file: str, read: Callable[[pq.ParquetFile], pa.Table], needed: Iterable[str]) -> pa.Table:
     data = store.read(file)
     if data is None:
         raise NotWhole(f"{store.uri(file)} is gone; the plan cannot be followed; choose a new sink.path")

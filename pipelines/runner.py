@@ -33,7 +33,7 @@ from pipelines.image_folder import write_metadata
 from pipelines.job import Job
 from pipelines.loading import LoadShard, image_loader, place
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, read_plans, read_shard
+from pipelines.plans import Plan, job_of, read_plans, read_shard
 from pipelines.shards import Shard, Shards
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage
@@ -291,7 +291,7 @@ def _execute(
     listener: Listener | None,
 ) -> Iterator[dict[str, Any]]:
     # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
-    own = Job.model_validate(plan.job)
+    own = job_of(plan)
     options = job.source.storage_options
     models = plan_models(plan, own, work.models, options)
     adapters = plan_adapters(plan, own, work.adapters, models, options)

@@ -22,10 +22,9 @@ import pyarrow.parquet as pq
 from pipelines import manifest, shard_file
 from pipelines.errors import JobError, NotWhole
 from pipelines.inputs import BadImage
-from pipelines.job import Job
 from pipelines.latents_file import NotLatents, as_array, read_latents
 from pipelines.loading import image_loader
-from pipelines.plans import Plan, read_plans, read_shard
+from pipelines.plans import Plan, job_of, read_plans, read_shard
 from pipelines.regenerate import Regenerated, regenerated
 from pipelines.shards import Shard
 from pipelines.stages import EncodeStage
@@ -388,7 +387,7 @@ def _decode(
     ratios: list[float] = []
     models: dict[str, Any] = {}
     for plan, shard, row in drawn:
-        job = Job.model_validate(plan.job)
+        job = job_of(plan)
         stage = job.stages[-1]
         assert isinstance(stage, EncodeStage)
         op = Decode(**{name: getattr(stage, name) for name in ("model", "revision", "variant", "dtype", "device")})

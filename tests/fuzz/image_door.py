@@ -133,15 +133,45 @@ PICTURE_DOOR = Door(
 )
 
 NAMES = [
-    *("a.png", "a.jpg", "a.txt", "a.json", "b.png", "b.txt", "b.json", "c/d.webp", "c/d.txt", "__key__.png", ".png", "a"),
-    *("../../x.png", "/etc/x.png", "a.b.png", "A.PNG", "x" * 300 + ".png", "é\n.png", "\x1b[2J.png", "a.mask.png", "a\0b.png"),
+    *(
+        "a.png",
+        "a.jpg",
+        "a.txt",
+        "a.json",
+        "b.png",
+        "b.txt",
+        "b.json",
+        "c/d.webp",
+        "c/d.txt",
+        "__key__.png",
+        ".png",
+        "a",
+    ),
+    *(
+        "../../x.png",
+        "/etc/x.png",
+        "a.b.png",
+        "A.PNG",
+        "x" * 300 + ".png",
+        "é\n.png",
+        "\x1b[2J.png",
+        "a.mask.png",
+        "a\0b.png",
+    ),
 ]
 CONTENTS = [
     *(BASES[name] for name in ("png", "jpeg", "webp", "png wide", "html")),
     *(b"a red circle", b"\xff\xfe", b"", b"\xef\xbb\xbfa star", b"[1]", b"{", b'{"width": 9, "n": null}', b"[" * 5000),
     *(b'{"prompt": {"a": 1}, "image": 3, "id": "z"}', b'{"a": 1e999, "b": NaN, "": 1}', b'{"\\ud800": "\\ud800"}'),
 ]
-TYPES = [tarfile.REGTYPE] * 8 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, b"Z"]
+TYPES = [tarfile.REGTYPE] * 8 + [
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.CHRTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+    b"Z",
+]
 TAR_FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 Member = tuple[str, bytes, bytes]

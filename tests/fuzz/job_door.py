@@ -55,8 +55,31 @@ BASES = [*RICH, *SHIPPED]
 
 HOSTILE = st.sampled_from(
     [
-        *("", " ", "x" * 3000, "\0", "\x1b[2J", "a\nb", "\u202e", "\ud800", "é", "=1+1", "~", "..", "/dev/null", "file://"),
-        *("${env:HOME}", "${env:EMPTY}", "${env:NOWHERE}", "${env:NOWHERE:-x}", "${env:NESTED}", "${env:LINES}", "${env:"),
+        *(
+            "",
+            " ",
+            "x" * 3000,
+            "\0",
+            "\x1b[2J",
+            "a\nb",
+            "\u202e",
+            "\ud800",
+            "é",
+            "=1+1",
+            "~",
+            "..",
+            "/dev/null",
+            "file://",
+        ),
+        *(
+            "${env:HOME}",
+            "${env:EMPTY}",
+            "${env:NOWHERE}",
+            "${env:NOWHERE:-x}",
+            "${env:NESTED}",
+            "${env:LINES}",
+            "${env:",
+        ),
         *("{{ 7*7 }}", "{{ ''.__class__ }}", "{% for i in range(9**9) %}x{% endfor %}", "{{", "{{ 'x' * 10**9 }}"),
         *("none", "auto", "all", "euler", "dpm++_2m_karras", "flow_euler", "cuda:1", "50%", "0%", "100%", "1e9%"),
         *(None, True, False, -1, 0, 1, 2, 63, 64, 1000, 2**31, 2**63, 2**64, 10**80, 0.5, -0.0, 1e308),
@@ -152,7 +175,11 @@ def jobs(draw: st.DrawFn) -> tuple[str, list[str]]:
     text = yaml.safe_dump(job, sort_keys=False, allow_unicode=True, default_flow_style=draw(st.booleans()))
     for _ in range(draw(st.sampled_from([0] * 9 + [1, 2]))):
         at = draw(st.integers(0, len(text)))
-        piece = draw(st.sampled_from(["&a ", "*a", "<<: ", "{", "]", "\t", "\n", "? ", "!!python/object:os.system ", "\0", "%", "'"]))
+        piece = draw(
+            st.sampled_from(
+                ["&a ", "*a", "<<: ", "{", "]", "\t", "\n", "? ", "!!python/object:os.system ", "\0", "%", "'"]
+            )
+        )
         text = text[:at] + piece + text[at + draw(st.integers(0, 3)) :]
     return text, assignments
 

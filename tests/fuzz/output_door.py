@@ -70,7 +70,12 @@ def _write(out: Path, which: int) -> None:
     rows = images if op == "encode" else [{"prompt": row["prompt"], "note": row["note"]} for row in images]
     stage = {"op": op, "model": "builtin:shapes", "batch_size": 2}
     job = Job.model_validate(
-        {"source": {"rows": rows}, "stages": [stage], "sink": {"path": str(out), **SINKS[which]}, "batches_per_shard": 2}
+        {
+            "source": {"rows": rows},
+            "stages": [stage],
+            "sink": {"path": str(out), **SINKS[which]},
+            "batches_per_shard": 2,
+        }
     )
     planned = plan(job)
     assert planned.new is not None
@@ -88,7 +93,10 @@ def _write(out: Path, which: int) -> None:
             made = {
                 "txt2img": {"pixels": pack(picture(64, 64))},
                 "encode": {"latents_data": pack(np.full((4, 8, 8), i, np.float32))},
-                "embed": {"embeds_data": pack(np.full((3, 5), i, np.float16)), "pooled_data": pack(np.ones(7, np.float16))},
+                "embed": {
+                    "embeds_data": pack(np.full((3, 5), i, np.float16)),
+                    "pooled_data": pack(np.ones(7, np.float16)),
+                },
             }[op]
             results.append({"status": "ok", **made})
         results[-1] = {"status": "failed", "stage": op, "error_type": "model.nan", "error_message": "x"}

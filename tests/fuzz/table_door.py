@@ -34,7 +34,7 @@ from tests.ldm_ops.rows import picture
 PNG = f"{PICTURES}/small-blue-star.png"
 FINE: dict[str, list[Any]] = {
     "id": ["a", "b", 7, "", None],
-    "prompt": ["a red circle", "a star", "é ✓ 🟥", "a, \"b\"\nc"],
+    "prompt": ["a red circle", "a star", "é ✓ 🟥", 'a, "b"\nc'],
     "negative_prompt": ["", "blue", None],
     "seed": [1, "2", 2**63 - 1, 0, None],
     "height": [64, "64", 128, None],
@@ -59,7 +59,21 @@ HOSTILE: list[Any] = [
     *(-1, 0, 10**9, 2**31, 2**63, 2**64, 10**100, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf, True, False),
     *([], {}, [1, 2], [0, 0, 8, 8], [None], {"a": 1}, {"a": {}}, {"": []}, [[]], [{"a": [1]}, {"a": "x"}], "\ud800"),
 ]
-COLUMNS = [*FINE, "caption", "Prompt", " prompt", "key", "shard", "input.status", "", "x" * 300, "\0", "a\nb", "=x", "pixels"]
+COLUMNS = [
+    *FINE,
+    "caption",
+    "Prompt",
+    " prompt",
+    "key",
+    "shard",
+    "input.status",
+    "",
+    "x" * 300,
+    "\0",
+    "a\nb",
+    "=x",
+    "pixels",
+]
 
 STAGES: list[dict[str, Any]] = [
     {"op": "txt2img"},

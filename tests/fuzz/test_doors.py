@@ -6,11 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.harness import fuzz
 from tests.fuzz.doors import DOORS
+from tests.fuzz.harness import fuzz
 
 
-@pytest.mark.parametrize(("name", "num_inputs", "share"), [("job files", 300, 0.2), ("tables", 60, 0.3), ("pictures", 400, 0.15), ("containers", 60, 0.3), ("outputs", 40, 0.5)])
+@pytest.mark.parametrize(
+    ("name", "num_inputs", "share"),
+    [
+        ("job files", 300, 0.2),
+        ("tables", 60, 0.3),
+        ("pictures", 400, 0.15),
+        ("containers", 60, 0.3),
+        ("outputs", 40, 0.5),
+    ],
+)
 def test_what_is_hostile_is_refused_in_plain_lines_or_costs_its_row(
     name: str, num_inputs: int, share: float, tmp_path: Path
 ) -> None:
