@@ -1,4 +1,4 @@
-"""Job files: the shipped ones and one of everything, with fields changed, added and taken away, as YAML and by --set."""
+"""Job files: the shipped ones and two rich ones, with fields changed, added and taken away, as YAML and by --set."""
 
 from __future__ import annotations
 
