@@ -283,7 +283,7 @@ def read_parts(store: ObjectStore, paths: Iterable[str]) -> Iterator[tuple[str, 
         part = store.read(path)
         head = read_head(part) if part is not None else None
         if part is None or head is None:
-            raise NotWhole(f"{store.uri(path)} is not a whole part; move it away and run the same command again")
+            raise NotWhole(f"{store.uri(path)} is not a whole part; `ldm-batch repair` makes its rows again")
         return path, head, part
 
     names = iter(sorted(paths))
