@@ -111,7 +111,8 @@ def quiet_ray_data() -> None:
     # A block that Ray splits would be committed as two halves of a shard.
     context.target_max_block_size = None
     context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What fails comes as an exception, and is told once.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def fit(pools: Sequence[tuple[Pool, int]]) -> list[Fit]:

@@ -7,6 +7,7 @@ planners cannot both add one); each names a folder with the plan itself and its 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,6 +58,9 @@ class Plan:
         plan = cls(**{**value, "shards": Shards.all_of(value["plan_id"], **value["shards"])})
         numbers = (plan.batch_size, plan.num_threads, plan.batches_per_shard, plan.num_rows, plan.num_batches)
         texts = (plan.plan_id, plan.keys_digest, plan.created_at)
+        # It becomes part of paths.
+        if re.fullmatch(r"[0-9A-Za-z]{1,64}", str(plan.plan_id)) is None:
+            raise ValueError(f"plan_id {plan.plan_id!r}")
         if not (_all_are(int, numbers) and _all_are(str, texts) and _all_are(dict, (plan.job, plan.settings))):
             raise TypeError("a field of another type")
         return plan
@@ -166,7 +170,7 @@ def read_shard(store: ObjectStore, file: str, row_group: int) -> pa.Table:
     Raises:
         NotWhole: they are gone, or cannot be read.
     """
-    return _rows(store, file, lambda parquet: parquet.read_row_group(row_group), OWN)
+    return _rows(store, file, lambda parquet: parquet.read_row_group(row_group, use_threads=False), OWN)
 
 
 def read_rows(store: ObjectStore, file: str, columns: list[str]) -> pa.Table:
@@ -175,7 +179,7 @@ def read_rows(store: ObjectStore, file: str, columns: list[str]) -> pa.Table:
     Raises:
         NotWhole: as `read_shard`.
     """
-    return _rows(store, file, lambda parquet: parquet.read(columns), columns)
+    return _rows(store, file, lambda parquet: parquet.read(columns, use_threads=False), columns)
 
 
 def _rows(store: ObjectStore, file: str, read: Callable[[pq.ParquetFile], pa.Table], needed: Iterable[str]) -> pa.Table:

@@ -28,6 +28,7 @@ from pipelines.errors import (
     NotWhole,
     RunAlive,
     RunFailed,
+    told_by,
 )
 from pipelines.image_folder import write_metadata
 from pipelines.job import Job
@@ -449,11 +450,14 @@ def plain_error(error: BaseException) -> LdmError:
         if isinstance(here, LdmError):
             return here
         here = getattr(here, "cause", None) or here.__cause__ or here.__context__
+    if (ours := told_by(str(error))) is not None:
+        return ours
     inner = seen[-1]
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return RunFailed(
-        f"{type(inner).__name__}: {lines[-1] if lines else inner}; what is committed stays, run the same command again"
-    )
+    first, chained, _ = str(error).partition("The above exception was the direct cause")
+    lines = [line for line in (first if chained else str(inner)).strip().splitlines() if line.strip()]
+    what = lines[-1] if lines else str(inner)
+    kind = "" if chained else f"{type(inner).__name__}: "
+    return RunFailed(f"{kind}{what}; what is committed stays, run the same command again")
 
 
 def _environment() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.dead_letters import Retry, groups
-from pipelines.errors import LdmError, NotWhole, RunAlive
+from pipelines.errors import LdmError, NotWhole, RunAlive, told_by
 from pipelines.heartbeat import refuse_if_alive
 from pipelines.image_source import read_earlier
 from pipelines.latents_file import NotLatents, read_latents
@@ -222,3 +222,12 @@ def test_a_memory_of_a_table_that_is_damaged_is_none(held: Callable[..., Path]) 
         store.write(memory.path, text.encode())
         assert memory.recall([plan]) is None
     assert count(store, [plan]).num_planned == 6
+
+
+def test_the_error_of_a_task_is_known_again_by_its_traceback() -> None:
+    text = (
+        "  File x\npipelines.errors.NotWhole: a is gone; b\n\nThe above exception was the direct cause\nray.Other: no"
+    )
+    found = told_by(text)
+    assert (type(found), str(found)) == (NotWhole, "a is gone; b")
+    assert told_by("pipelines.errors.Unknown: x") is None
