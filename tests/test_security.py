@@ -166,13 +166,14 @@ def post(port, path):
         return 0
 
 with ray_cluster(None):
-    until, codes = time.monotonic() + 20, {}
-    while time.monotonic() < until:
+    until, codes = time.monotonic() + 60, {}
+    # The agent that takes jobs is the last to listen.
+    while time.monotonic() < until and not any(401 in some for some in codes.values()):
         new = ports() - codes.keys()
         codes |= {port: [post(port, path) for path in ("/api/jobs/", "/api/job_agent/jobs/")] for port in new}
         time.sleep(1)
     time.sleep(2)
-print(len(codes), sorted({code for some in codes.values() for code in some}))
+print("answers:", sorted({code for some in codes.values() for code in some}))
 """
 
 
@@ -187,7 +188,7 @@ def test_no_port_of_a_cluster_of_our_own_takes_a_job_from_a_stranger(tmp_path: P
         env=environ,
     )
     assert found.returncode == 0, found.stderr
-    count, _, codes = found.stdout.strip().partition(" ")
-    assert int(count) >= 3
+    _, _, codes = found.stdout.strip().partition(" ")
+    assert 401 in json.loads(codes), found.stdout
     assert not {200, 201, 202} & set(json.loads(codes)), found.stdout
     assert not (tmp_path / "owned").exists()
