@@ -37,6 +37,7 @@ def commands() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.timeout(400)
 def test_secrets_reach_no_file_no_log_and_no_command_line(
     tiny_model: Path, s3_endpoint: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -59,7 +60,7 @@ def test_secrets_reach_no_file_no_log_and_no_command_line(
     seen = ""
     while run.poll() is None:
         seen += commands()
-        time.sleep(0.2)
+        time.sleep(1)
     stdout, stderr = run.communicate()
     assert run.returncode == 0, stderr
     # Ray was seen at work.
