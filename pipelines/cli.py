@@ -256,14 +256,20 @@ def errors(
 
         output, options, _ = _output(output)
         found = groups(output, options)
+        code = EXIT_DEAD_LETTERS if found else 0
         if csv is not None:
             write_csv(output, csv, options)
         _emit(
             as_json,
-            {"num_failed": sum(group.num_rows for group in found), "groups": [asdict(group) for group in found]},
+            {
+                "output": output,
+                "num_failed": sum(group.num_rows for group in found),
+                "groups": [asdict(group) for group in found],
+                "exit_code": code,
+            },
             lambda: "\n".join(map(group_text, found)) if found else f"{output}: no row failed",
         )
-        raise typer.Exit(EXIT_DEAD_LETTERS if found else 0)
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -282,7 +288,7 @@ def retry(
         from pipelines.dead_letters import Retry
 
         choose = Retry(error_type or ())
-        _redo(job, set_, address, grace, as_json, choose, lambda: _hopeless(choose.num_hopeless))
+        _redo(job, set_, address, grace, as_json, choose, lambda: choose.num_hopeless)
 
 
 @app.command()
@@ -291,7 +297,7 @@ def repair(job: JobPath, set_: Set = None, address: Address = None, grace: Grace
     with one_line_errors(as_json):
         from pipelines.verify import damage
 
-        _redo(job, set_, address, grace, as_json, lambda store, plans: damage(store), lambda: "")
+        _redo(job, set_, address, grace, as_json, lambda store, plans: damage(store), lambda: 0)
 
 
 @app.command()
@@ -318,7 +324,7 @@ def _redo(
     grace_s: float | None,
     as_json: bool,
     choose: Any,
-    more: Callable[[], str],
+    hopeless: Callable[[], int],
 ) -> None:
     from dataclasses import asdict
 
@@ -331,7 +337,8 @@ def _redo(
         summary = redo(loaded, choose, address, progress, grace_s)
     finally:
         progress.done()
-    _emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary) + more())
+    value = asdict(summary) | {"num_wrong": hopeless()}
+    _emit(as_json, value, lambda: summary_text(job, loaded, summary) + _hopeless(hopeless()))
     raise typer.Exit(summary.exit_code)
 
 
@@ -371,6 +378,8 @@ def _seconds(age: str) -> float:
 def _output(path: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The output that a command names, and the storage options of it and of the source, which only a job file has."""
     if not path.endswith((".yaml", ".yml")):
+        if not path.strip():
+            raise JobError("no output is named; give a job file, or the output folder or URL itself")
         return path, {}, {}
     loaded = _load(Path(path), None)
     return loaded.sink.path, loaded.sink.storage_options, loaded.source.storage_options

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import manifest
 from pipelines.errors import JobError, NotWhole
@@ -34,7 +32,8 @@ COLUMNS = (
     "source_row",
 )
 EXAMPLES = 3
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""The last four are the same signs in full width, which some spreadsheets read alike."""
 
 
 @dataclass
@@ -70,14 +69,18 @@ def write_csv(output: str, path: Path, storage_options: dict[str, Any] | None = 
 
     Raises:
         NotWhole: no plan is there, or a part is not whole.
+        JobError: nothing can be written at `path`.
     """
     num_rows = 0
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in _rows(output, storage_options):
-            writer.writerow({name: _plain(value) for name, value in row.items()})
-            num_rows += 1
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for row in _rows(output, storage_options):
+                writer.writerow({name: _plain(value) for name, value in row.items()})
+                num_rows += 1
+    except OSError as error:
+        raise JobError(f"--csv {path}: cannot be written ({error.strerror}); choose another file") from None
     return num_rows
 
 
@@ -112,10 +115,10 @@ class Retry:
         seen: set[str] = set()
         for plan in plans:
             names = manifest.part_names(store, f"{manifest.FOLDER}/{plan.plan_id}")
-            for _, head, part in manifest.read_parts(store, names):
+            for name, head, part in manifest.read_parts(store, names):
                 if not head.num_failed:
                     continue
-                table = pq.read_table(pa.BufferReader(part), columns=["key", "status", "stage", "error_type"])
+                table = manifest.read_part(part, ("key", "status", "stage", "error_type"), store.uri(name))
                 rows = table.filter(pc.equal(table["status"], "failed")).to_pylist()
                 seen.update(row["error_type"] for row in rows)
                 asked = [row for row in rows if not self.error_types or row["error_type"] in self.error_types]

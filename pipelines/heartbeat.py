@@ -94,10 +94,9 @@ def live_runs(store: Store, now_s: float) -> list[dict[str, Any]]:
         folder = path.removesuffix("/heartbeat.json")
         if f"{folder}/ended.json" in listing or now_s - info.modified_s > DEAD_AFTER_S:
             continue
-        body = store.read(path)
-        run = json.loads(body) if body else {}
-        if run and not _is_gone(run):
-            alive.append(run | {"age_s": now_s - info.modified_s})
+        run = _read(store.read(path))
+        if not _is_gone(run):
+            alive.append({**run, "run_id": folder.rpartition("/")[2], "age_s": now_s - info.modified_s})
     return alive
 
 
@@ -127,6 +126,15 @@ def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool) -> None:
 def describe(run: dict[str, Any]) -> str:
     """A run that is alive, for a message."""
     return f"run {run['run_id']} on {run['host']} (pid {run['pid']}) is alive, last seen {run['age_s']:.0f} s ago"
+
+
+def _read(body: bytes | None) -> dict[str, Any]:
+    """What a heartbeat says; where it cannot be read, somebody is there all the same."""
+    try:
+        run = json.loads(body or b"")
+        return {"host": str(run["host"]), "pid": int(run["pid"]), "boot": run["boot"], "born": run["born"]}
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return {"host": "a host that it does not name", "pid": 0}
 
 
 def _this_process() -> dict[str, Any]:

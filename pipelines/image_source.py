@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -82,7 +83,9 @@ def read_parameters(path: str, storage_options: dict[str, Any], alone: bool = Tr
             except ValueError:
                 return {}
 
-        with ThreadPoolExecutor(READERS) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(READERS) as pool:
+            # Of a large picture, or one whose EXIF is broken: no pixel is decoded here.
+            warnings.simplefilter("ignore")
             rows = list(pool.map(one, chunk.columns["image"]))
         for name, row in zip(chunk.columns["image"], rows, strict=True):
             if not row:

@@ -30,6 +30,7 @@ KEY = b"ldm_batch_latents"
 WHOLE_PAGES = b"ldm_batch_whole_pages"
 """Says that the latents of a row group are one page, so that its bytes are theirs, one after the other."""
 ROWS_PER_GROUP = 256
+DTYPES = ("float16", "float32")
 
 ROW_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
@@ -117,9 +118,13 @@ def read_head(metadata: Mapping[bytes, bytes] | None) -> LatentsHead:
     """
     try:
         value = json.loads((metadata or {})[KEY])
-        return LatentsHead(**{**value, "shape": tuple(value["shape"])})
-    except (KeyError, ValueError, TypeError):
+        head = LatentsHead(**{**value, "shape": tuple(value["shape"])})
+        sides = all(type(side) is int and 0 < side < 1 << 20 for side in head.shape)
+        if len(head.shape) != 3 or not sides or head.dtype not in DTYPES:
+            raise ValueError
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise NotLatents("no latents of ldm-batch") from None
+    return head
 
 
 def as_array(column: pa.ChunkedArray | pa.Array, head: LatentsHead) -> NDArray[Any]:
@@ -172,5 +177,9 @@ def read_latents(data: bytes) -> tuple[LatentsHead, pa.Table]:
             with open_safetensors(pa.BufferReader(data)) as file:
                 table = file.read()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise NotLatents(str(error).splitlines()[0]) from None
-    return read_head(table.schema.metadata), table
+        raise NotLatents((str(error).splitlines() or ["empty"])[0]) from None
+    head = read_head(table.schema.metadata)
+    width = int(np.prod(head.shape)) * np.dtype(head.dtype).itemsize
+    if "latents" not in table.column_names or table.schema.field("latents").type != pa.binary(width):
+        raise NotLatents(f"its rows are no latents of {' × '.join(map(str, head.shape))} {head.dtype}")
+    return head, table

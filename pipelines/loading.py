@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -150,9 +151,9 @@ class LoadShard:
                 results[i] = _image(loaded)
         for i in some:
             if rows[i]["latents"] is not None:
-                results[i] = self._latents(rows[i]["latents"], files)
+                results[i] = self._latents(rows[i]["latents"], rows[i]["image_version"], files)
 
-    def _latents(self, where: str, files: Files) -> dict[str, Any]:
+    def _latents(self, where: str, version: str | None, files: Files) -> dict[str, Any]:
         uri, _, number = where.rpartition("#")
         if uri not in files:
             folder, _, name = uri.rpartition("/")
@@ -170,7 +171,13 @@ class LoadShard:
         if head.encoder_revision != self.encoder:
             made_by = f"{head.encoder} @ {head.encoder_revision}"
             return _failed("load", "latents.encoder", f"{uri} is by {made_by}, not {self.encoder}")
-        return {"latents_data": pack(as_array(rows["latents"].slice(int(number), 1), head)[0])}
+        if int(number) >= rows.num_rows:
+            return _failed("load", "latents.broken", f"{uri}: it has {rows.num_rows} rows, none at {number}")
+        latents = as_array(rows["latents"].slice(int(number), 1), head)[0]
+        # Numbers are stored as they are: nothing else would tell of a bit that has flipped.
+        if version is not None and hashlib.sha256(latents.tobytes()).hexdigest() != version:
+            return _failed("load", "latents.broken", f"{uri}: other latents at {number} than when the plan was made")
+        return {"latents_data": pack(latents)}
 
 
 def _image(loaded: Loaded | BadImage) -> dict[str, Any]:

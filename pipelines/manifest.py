@@ -135,7 +135,8 @@ def keys_digest(keys: Iterable[str]) -> str:
 def part_bytes(rows: pa.Table, head: PartHead) -> bytes:
     """A part: the shard's manifest rows, its head in the footer."""
     buffer = io.BytesIO()
-    pq.write_table(rows.replace_schema_metadata(head.metadata()), buffer, compression="zstd")
+    # A bit that flips later is noticed by whoever reads its page.
+    pq.write_table(rows.replace_schema_metadata(head.metadata()), buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 
@@ -145,18 +146,31 @@ def read_head(part: bytes) -> PartHead | None:
     try:
         metadata = pq.read_metadata(pa.BufferReader(part)).metadata or {}
         head = PartHead(**json.loads(metadata[b"ldm_batch"]))
-        table = pq.read_table(pa.BufferReader(part), columns=["key"])
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
+        keys = _read(part, ["key"])["key"].to_pylist()
+        whole = len(keys) == head.num_rows and keys_digest(keys) == head.keys_digest
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RecursionError):
         return None
-    whole = table.num_rows == head.num_rows and keys_digest(table["key"].to_pylist()) == head.keys_digest
-    return head if whole else None
+    # What JSON says may be of any type.
+    numbers = (head.shard, head.num_rows, head.num_ok, head.num_failed, head.num_filtered)
+    whole = whole and all(type(number) is int and 0 <= number < 1 << 31 for number in numbers)
+    return head if whole and isinstance(head.plan_id, str) and isinstance(head.attempt, str) else None
+
+
+def _read(part: bytes, columns: list[str] | None = None) -> pa.Table:
+    # Without Arrow's own threads, which a small table does not need: a process that ends while they start is aborted.
+    file = pq.ParquetFile(pa.BufferReader(part), page_checksum_verification=True)
+    table = file.read(columns, use_threads=False)
+    return table if columns is None else table.select([name for name in columns if name in table.column_names])
 
 
 def read_rows(part: bytes) -> dict[str, dict[str, Any]]:
     """The rows of a part by key; empty where it is no whole part."""
     if read_head(part) is None:
         return {}
-    return {row["key"]: row for row in pq.read_table(pa.BufferReader(part)).to_pylist()}
+    try:
+        return {row["key"]: row for row in read_part(part).to_pylist()}
+    except NotWhole:
+        return {}
 
 
 def read_attempts(part: bytes) -> dict[str, int]:
@@ -170,10 +184,37 @@ def attempt_of(part: bytes) -> str | None:
     return head.attempt if head else None
 
 
-def read_part(part: bytes, columns: tuple[str, ...] | None = None) -> pa.Table:
-    """A part as a table, without its head."""
-    table = pq.read_table(pa.BufferReader(part), columns=None if columns is None else list(columns))
-    return table.replace_schema_metadata(None)
+def read_part(part: bytes, columns: tuple[str, ...] | None = None, where: str = "a part of the output") -> pa.Table:
+    """A part as a table, without its head; columns of SCHEMA that an older version did not write are null.
+
+    Raises:
+        NotWhole: it cannot be read, or a column is of another type than SCHEMA says.
+    """
+    try:
+        table = _read(part, None if columns is None else list(columns)).replace_schema_metadata(None)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or ["empty"])[0][:200]
+        raise NotWhole(f"{where} is damaged ({reason}); `ldm-batch repair` makes its rows again") from None
+    for field in SCHEMA:
+        if columns is not None and field.name not in columns:
+            continue
+        at = table.schema.get_field_index(field.name)
+        if at < 0 and field.nullable:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        elif at < 0 or not _alike(table.schema.field(at).type, field.type):
+            raise NotWhole(
+                f"{where} is damaged (its column {field.name!r} is none of a manifest); `ldm-batch repair` makes its "
+                "rows again"
+            )
+    return table
+
+
+def _alike(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether one is the other; a struct may have got fields since."""
+    if pa.types.is_list(found) and pa.types.is_list(wanted):
+        return _alike(found.value_type, wanted.value_type)
+    return bool(found == wanted or (pa.types.is_struct(found) and pa.types.is_struct(wanted)))
 
 
 def texts(part: bytes) -> set[str]:
@@ -245,7 +286,7 @@ def read_parts(store: ObjectStore, paths: Iterable[str]) -> Iterator[tuple[str, 
         part = store.read(path)
         head = read_head(part) if part is not None else None
         if part is None or head is None:
-            raise NotWhole(f"{store.uri(path)} is not a whole part; move it away and run the same command again")
+            raise NotWhole(f"{store.uri(path)} is not a whole part; `ldm-batch repair` makes its rows again")
         return path, head, part
 
     names = iter(sorted(paths))
@@ -262,8 +303,8 @@ def read_tables(store: Store, columns: list[str] | None = None) -> Iterator[pa.T
     """
     if store.local is not None and not store.local.is_dir():
         raise StorageError(f"{store.url}: no such folder; give the output of a job")
-    for _, _, part in read_parts(store, part_names(store)):
-        yield read_part(part, None if columns is None else tuple(columns))
+    for name, _, part in read_parts(store, part_names(store)):
+        yield read_part(part, None if columns is None else tuple(columns), store.uri(name))
 
 
 def read_manifest(

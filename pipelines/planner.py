@@ -31,6 +31,7 @@ from pipelines.plans import (
     Plan,
     add_plan,
     read_plans,
+    read_rows,
     refuse_other_job,
     refuse_other_shape,
     same_settings,
@@ -438,11 +439,9 @@ def _known(plans: list[Plan], store: Store) -> Iterator[tuple[list[str], list[st
     """(every key, the ids that name something makeable), file by file; a dead letter may be mended under its id."""
     for plan in plans:
         for file in sorted({shard.file for shard in plan.shards}):
-            data = store.read(file)
-            if data is not None:
-                table = pq.read_table(pa.BufferReader(data), columns=["key", "id", "problem"])
-                ids = table.filter(pc.is_null(table["problem"]))["id"].drop_null()
-                yield table["key"].to_pylist(), ids.to_pylist()
+            table = read_rows(store, file, ["key", "id", "problem"])
+            ids = table.filter(pc.is_null(table["problem"]))["id"].drop_null()
+            yield table["key"].to_pylist(), ids.to_pylist()
 
 
 def _row_files(plan: Plan, table: pa.Table) -> Iterator[tuple[str, bytes]]:
@@ -450,7 +449,7 @@ def _row_files(plan: Plan, table: pa.Table) -> Iterator[tuple[str, bytes]]:
     for first in range(0, len(plan.shards), SHARDS_PER_FILE):
         shards = plan.shards[first : first + SHARDS_PER_FILE]
         buffer = io.BytesIO()
-        with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(buffer, table.schema, compression="zstd", write_page_checksum=True) as writer:
             for num_rows in shards.num_rows.tolist():
                 writer.write_table(table.slice(offset, num_rows), row_group_size=num_rows)
                 offset += num_rows

@@ -7,6 +7,7 @@ planners cannot both add one); each names a folder with the plan itself and its 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,12 +15,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from pipelines.commit import commit
 from pipelines.errors import NotWhole, OutputHeldByOther
-from pipelines.manifest import METADATA_JSONL
+from pipelines.job import Job
+from pipelines.manifest import METADATA_JSONL, SCHEMA
 from pipelines.shards import PLANS, Shards
 from pipelines.storage import ObjectStore
+
+OWN = ("key", "id", "prompt", "seed", "shard", "problem")
+"""Columns that the rows of every plan have."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,41 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: bytes) -> Plan:
+        """
+        Raises:
+            ValueError, TypeError, KeyError: it is no plan.
+        """
         value = json.loads(data)
-        return cls(**{**value, "shards": Shards.all_of(value["plan_id"], **value["shards"])})
+        plan = cls(**{**value, "shards": Shards.all_of(value["plan_id"], **value["shards"])})
+        numbers = (plan.batch_size, plan.num_threads, plan.batches_per_shard, plan.num_rows, plan.num_batches)
+        texts = (plan.plan_id, plan.keys_digest, plan.created_at)
+        # It becomes part of paths.
+        if re.fullmatch(r"[0-9A-Za-z]{1,64}", str(plan.plan_id)) is None:
+            raise ValueError(f"plan_id {plan.plan_id!r}")
+        if not (_all_are(int, numbers) and _all_are(str, texts) and _all_are(dict, (plan.job, plan.settings))):
+            raise TypeError("a field of another type")
+        return plan
+
+
+def job_of(plan: Plan) -> Job:
+    """The job that a plan was made of.
+
+    Raises:
+        NotWhole: this version of ldm-batch does not read it.
+    """
+    try:
+        return Job.model_validate(plan.job)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise NotWhole(
+            f"plan {plan.plan_id} holds a job that this version cannot read ({field}: {first['msg']}); use the version "
+            "that made it, or choose a new sink.path"
+        ) from None
+
+
+def _all_are(kind: type, values: Iterable[Any]) -> bool:
+    return all(type(value) is kind for value in values)
 
 
 def read_plans(store: ObjectStore) -> list[Plan]:
@@ -57,7 +96,7 @@ def read_plans(store: ObjectStore) -> list[Plan]:
             try:
                 body = store.read(f"{PLANS}/{json.loads(claim)['plan_id']}/plan.json") if claim else None
                 plan = None if body is None else Plan.from_json(body)
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 raise NotWhole(f"{store.uri(name)} is no whole plan of ldm-batch; choose a new sink.path") from None
             if plan is None:
                 raise NotWhole(f"{store.uri(name)} names a plan that is not there; choose a new sink.path")
@@ -126,8 +165,37 @@ def refuse_other_shape(store: ObjectStore, held: dict[str, Any], shape: dict[str
 
 
 def read_shard(store: ObjectStore, file: str, row_group: int) -> pa.Table:
-    """The planned rows of one shard."""
+    """The planned rows of one shard.
+
+    Raises:
+        NotWhole: they are gone, or cannot be read.
+    """
+    return _rows(store, file, lambda parquet: parquet.read_row_group(row_group, use_threads=False), OWN)
+
+
+def read_rows(store: ObjectStore, file: str, columns: list[str]) -> pa.Table:
+    """`columns` of all planned rows in a file of a plan.
+
+    Raises:
+        NotWhole: as `read_shard`.
+    """
+    return _rows(store, file, lambda parquet: parquet.read(columns, use_threads=False), columns)
+
+
+def _rows(store: ObjectStore, file: str, read: Callable[[pq.ParquetFile], pa.Table], needed: Iterable[str]) -> pa.Table:
     data = store.read(file)
     if data is None:
         raise NotWhole(f"{store.uri(file)} is gone; the plan cannot be followed; choose a new sink.path")
-    return pq.ParquetFile(pa.BufferReader(data)).read_row_group(row_group)
+    try:
+        table = read(pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True))
+        table.validate(full=True)
+        for name in needed:
+            wanted = SCHEMA.field(name).type if name in SCHEMA.names else pa.string()
+            if table.schema.field(name).type != wanted:
+                raise KeyError(f"column {name} is no {wanted}")
+    except (pa.ArrowException, OSError, IndexError, KeyError, OverflowError) as error:
+        reason = (str(error).splitlines() or ["empty"])[0][:200]
+        raise NotWhole(
+            f"{store.uri(file)} is damaged ({reason}); the plan cannot be followed; choose a new sink.path"
+        ) from None
+    return table

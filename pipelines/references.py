@@ -21,6 +21,7 @@ SCHEMES = frozenset({"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "a
 
 WEB = ("http://", "https://")
 READERS = 8
+MAX_SHOWN = 1000
 _NUMBERS = re.compile(r"^(box:)?\s*[-+.\d]+(\s*,\s*[-+.\d]+)+\s*$")
 _BOX = re.compile(r"^\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*$")
 
@@ -94,7 +95,7 @@ class References:
                     return hashlib.file_digest(file, "sha256").hexdigest()
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                return BadReference(f"is not there; looked for {path} ({reason})")
+                return BadReference(f"is not there; looked for {path[:MAX_SHOWN]} ({reason})")
         mark = self._mark(where)
         return BadReference("is not there") if mark is None else f"{where} {mark}"
 

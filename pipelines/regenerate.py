@@ -16,9 +16,8 @@ import pyarrow.compute as pc
 from pipelines import manifest
 from pipelines.equipment import encoder_of, plan_adapters, plan_models
 from pipelines.errors import JobError
-from pipelines.job import Job
 from pipelines.loading import LoadShard, image_loader
-from pipelines.plans import Plan, read_shard
+from pipelines.plans import Plan, job_of, read_shard
 from pipelines.shards import Shard
 from pipelines.sink import ShardWriter
 from pipelines.storage import Store
@@ -67,7 +66,7 @@ def _make(
     store: Store, plan: Plan, shards: list[Shard], keys: set[str], storage_options: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The manifest rows of `keys`, as this process makes them."""
-    job = Job.model_validate(plan.job)
+    job = job_of(plan)
     source = job.source.model_copy(update={"storage_options": storage_options})
     models = plan_models(plan, job, [], storage_options)
     adapters = plan_adapters(plan, job, [], models, storage_options)

@@ -54,9 +54,10 @@ class Memory:
         body = self.store.read(self.path) if self.path is not None and plans else None
         try:
             found = None if body is None else Remembered(**json.loads(body))
-        except (ValueError, TypeError):
+            there = {plan.plan_id for plan in plans}
+            return found if found is not None and set(found.plan_ids) <= there else None
+        except (ValueError, TypeError, RecursionError):
             return None
-        return found if found is not None and set(found.plan_ids) <= {plan.plan_id for plan in plans} else None
 
     def keep(self, found: Remembered, brought: Mapping[str, str]) -> None:
         """`brought` are the parameters that rows set."""

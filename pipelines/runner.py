@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ldm_ops.describe import ModelFacts
-from pipelines import errors, heartbeat, manifest
+from pipelines import heartbeat, manifest
 from pipelines.adapters import AND, StageAdapters
 from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
 from pipelines.equipment import encoder_of, plan_adapters, plan_models, signer
@@ -29,13 +28,14 @@ from pipelines.errors import (
     NotWhole,
     RunAlive,
     RunFailed,
+    told_by,
 )
 from pipelines.image_folder import write_metadata
 from pipelines.job import Job
 from pipelines.journal import MOST_DEATHS_PER_ROW, forget
 from pipelines.loading import LoadShard, image_loader, place
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, read_plans, read_shard
+from pipelines.plans import Plan, job_of, read_plans, read_shard
 from pipelines.shards import Shard, Shards
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage
@@ -302,7 +302,7 @@ def _execute(
     listener: Listener | None,
 ) -> Iterator[dict[str, Any]]:
     # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
-    own = Job.model_validate(plan.job)
+    own = job_of(plan)
     options = job.source.storage_options
     models = plan_models(plan, own, work.models, options)
     adapters = plan_adapters(plan, own, work.adapters, models, options)
@@ -469,15 +469,17 @@ def plain_error(error: BaseException) -> LdmError:
         if isinstance(here, LdmError):
             return here
         here = getattr(here, "cause", None) or here.__cause__ or here.__context__
+    # Of a worker that died while it started only the text of its traceback is left.
+    for one in seen:
+        if (ours := told_by(str(one))) is not None:
+            return ours
     # Ray Data hangs a wordless exception of its own behind the one that tells.
     inner = next((error for error in reversed(seen) if str(error).strip()), seen[-1])
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    last = lines[-1] if lines else str(inner)
-    # Of a worker that died while it started only the text of its traceback is left.
-    if own := re.match(r"pipelines\.errors\.(\w+): (.+)", last):
-        kind: type[LdmError] = getattr(errors, own[1], RunFailed)
-        return kind(own[2])
-    return RunFailed(f"{type(inner).__name__}: {last}; what is committed stays, run the same command again")
+    first, chained, _ = str(error).partition("The above exception was the direct cause")
+    lines = [line for line in (first if chained else str(inner)).strip().splitlines() if line.strip()]
+    what = lines[-1] if lines else str(inner)
+    kind = "" if chained else f"{type(inner).__name__}: "
+    return RunFailed(f"{kind}{what}; what is committed stays, run the same command again")
 
 
 def _environment() -> dict[str, Any]:

@@ -41,14 +41,14 @@ class SafetensorsFile:
             header = json.loads(source.read(num_bytes))
             about = json.loads(header["__metadata__"][key.decode()])
             begin, end = header["latents"]["data_offsets"]
-            if source.size() < 8 + num_bytes + end:
+            if not 0 <= begin < end <= source.size() - 8 - num_bytes:
                 raise ValueError("cut off")
             schema = pa.schema(fields)
             self.rows = pa.table({name: about["rows"][name] for name in schema.names}, schema)
-            self.row_bytes = (end - begin) // header["latents"]["shape"][0]
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, pa.ArrowException) as error:
+            self.row_bytes = int(end - begin) // self.rows.num_rows
+        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, pa.ArrowException) as error:
             raise ValueError(f"no whole file of latents ({(str(error).splitlines() or ['empty'])[0][:100]})") from None
-        self.begin = 8 + num_bytes + begin
+        self.begin = 8 + num_bytes + int(begin)
         self.schema_arrow = schema.with_metadata({key: json.dumps(about["head"]).encode()})
 
     @property

@@ -58,7 +58,10 @@ class Shards(Sequence[Shard]):
         """Those of a whole plan; `keys_digest` has the 32 hexadecimal digits of each, one after the other."""
         counts = np.fromiter(num_rows, np.int64)
         digests = np.frombuffer(bytes.fromhex(keys_digest), np.dtype("V16"))
-        return cls(plan_id, np.arange(len(counts), dtype=np.int32), counts, np.fromiter(cost, np.float64), digests)
+        costs = np.fromiter(cost, np.float64)
+        if not len(counts) == len(costs) == len(digests):
+            raise ValueError(f"{len(counts)} shards, {len(costs)} costs, {len(digests)} digests")
+        return cls(plan_id, np.arange(len(counts), dtype=np.int32), counts, costs, digests)
 
     def to_json(self) -> dict[str, Any]:
         """What `all_of` takes, of all shards of a plan."""

@@ -150,14 +150,14 @@ def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
 
 
 def _text_formats(uri: str, kind: str, raw: IO[bytes]) -> Iterator[Chunk]:
-    text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-    if kind == "text":
-        lines = (line.strip() for line in text)
-        yield from _chunks(uri, ({"prompt": line} for line in lines if line))
-    elif kind == "jsonl":
-        yield from _chunks(uri, _json_lines(uri, text))
-    else:
-        yield from _csv(uri, text, "," if kind == "csv" else "\t")
+    with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
+        if kind == "text":
+            lines = (line.strip() for line in text)
+            yield from _chunks(uri, ({"prompt": line} for line in lines if line))
+        elif kind == "jsonl":
+            yield from _chunks(uri, _json_lines(uri, text))
+        else:
+            yield from _csv(uri, text, "," if kind == "csv" else "\t")
 
 
 def _csv(uri: str, text: Iterable[str], delimiter: str) -> Iterator[Chunk]:

@@ -87,7 +87,7 @@ def count(store: ObjectStore, plans: list[Plan]) -> Totals:
         assert place is not None
         if head.keys_digest != shards[place[0]][place[1]].keys_digest:
             raise NotWhole(f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again")
-        counting.add(head, manifest.read_part(part, COUNTED))
+        counting.add(head, manifest.read_part(part, COUNTED, store.uri(path)))
     return counting.totals()
 
 
@@ -112,8 +112,17 @@ def write_success(store: ObjectStore, totals: Totals) -> None:
     body = json.dumps(
         asdict(totals) | {"finished_at": datetime.now(UTC).isoformat(timespec="seconds")}, indent=1
     ).encode()
-    if store.read("_SUCCESS") is None or json.loads(store.read("_SUCCESS") or b"{}").get("digest") != totals.digest:
+    if _said(store.read("_SUCCESS")).get("digest") != totals.digest:
         store.write("_SUCCESS", body)
+
+
+def _said(data: bytes | None) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        value = json.loads(data or b"")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def status(output: str, storage_options: dict[str, Any] | None = None) -> tuple[Totals, list[dict[str, Any]]]:
@@ -133,5 +142,5 @@ def status(output: str, storage_options: dict[str, Any] | None = None) -> tuple[
     for path in sorted(name for name in listing if name.endswith("/heartbeat.json")):
         folder = path.removesuffix("/heartbeat.json")
         ended = store.read(f"{folder}/ended.json")
-        runs.append({"run_id": folder.rpartition("/")[2], "ended": json.loads(ended) if ended else None})
+        runs.append({"run_id": folder.rpartition("/")[2], "ended": None if ended is None else _said(ended)})
     return count(store, plans), runs

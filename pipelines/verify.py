@@ -22,10 +22,9 @@ import pyarrow.parquet as pq
 from pipelines import manifest, shard_file
 from pipelines.errors import JobError, NotWhole
 from pipelines.inputs import BadImage
-from pipelines.job import Job
 from pipelines.latents_file import NotLatents, as_array, read_latents
 from pipelines.loading import image_loader
-from pipelines.plans import Plan, read_plans, read_shard
+from pipelines.plans import Plan, job_of, read_plans, read_shard
 from pipelines.regenerate import Regenerated, regenerated
 from pipelines.shards import Shard
 from pipelines.stages import EncodeStage
@@ -203,8 +202,7 @@ def _parts(
                     report.fault(f"{path}: not a whole part", *everything)
                 elif head.keys_digest != shard.keys_digest:
                     report.fault(f"{path}: does not hold the rows that the plan names", *everything)
-                else:
-                    table = pq.read_table(pa.BufferReader(part))
+                elif (table := _rows(store, plan, shard, part, report)) is not None:
                     counts = {name: 0 for name in ("ok", "failed", "filtered")}
                     for status in table["status"].to_pylist():
                         counts[status] = counts.get(status, 0) + 1
@@ -213,6 +211,14 @@ def _parts(
                         report.fault(f"{path}: its rows are not as many of each status as it says", *everything)
                     counting.add(head, table)
                     yield shard, table.to_pylist()
+
+
+def _rows(store: Store, plan: Plan, shard: Shard, part: bytes, report: Report) -> pa.Table | None:
+    try:
+        return manifest.read_part(part, None, manifest.part_path(plan.plan_id, shard.index))
+    except NotWhole as error:
+        report.fault(str(error), *((plan.plan_id, shard.index, key) for key in _keys(store, shard, None)))
+        return None
 
 
 def _keys(store: Store, shard: Shard, head: manifest.PartHead | None) -> list[str]:
@@ -235,8 +241,8 @@ def _pieces(plan: Plan, row: dict[str, Any]) -> Iterator[Piece]:
         else:
             yield Piece(file, member if mark else None, *said)
     for other in [*(row["stages"] or ()), *(row["intermediates"] or ())]:
-        if other["uri"] is not None:
-            yield Piece(other["uri"], None, other["sha256"], other["num_bytes"], at)
+        if other is not None and other.get("uri") is not None:
+            yield Piece(other["uri"], None, other.get("sha256"), other.get("num_bytes"), at)
     if row.get("thumbnail") is not None:
         yield Piece(row["thumbnail"], None, None, None, at)
 
@@ -336,8 +342,8 @@ def _members(data: bytes, pieces: list[Piece]) -> dict[str, bytes]:
     if pieces[0].kind == "embeddings":
         try:
             table = pq.read_table(pa.BufferReader(data), columns=["prompt_embeds", "pooled_prompt_embeds"])
-        except pa.ArrowException as error:
-            raise ValueError(str(error)) from None
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError((str(error).splitlines() or ["empty"])[0]) from None
         both = dict(enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)))
         return {name: both[int(name)][0] + (both[int(name)][1] or b"") for name in names if int(name) in both}
     try:
@@ -381,7 +387,7 @@ def _decode(
     ratios: list[float] = []
     models: dict[str, Any] = {}
     for plan, shard, row in drawn:
-        job = Job.model_validate(plan.job)
+        job = job_of(plan)
         stage = job.stages[-1]
         assert isinstance(stage, EncodeStage)
         op = Decode(**{name: getattr(stage, name) for name in ("model", "revision", "variant", "dtype", "device")})

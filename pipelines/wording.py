@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.errors import printable
+
 if TYPE_CHECKING:
     from pipelines.dead_letters import Group
     from pipelines.doctor import Diagnosis
@@ -137,7 +139,8 @@ def group_text(group: Group) -> str:
         lines.append(f"  {where}{named}: {row['error_message']}")
     if group.num_rows > len(group.examples):
         lines.append(f"  … and {group.num_rows - len(group.examples)} more")
-    return "\n".join(lines)
+    # Ids and names of files are a stranger's.
+    return printable("\n".join(lines))
 
 
 def garbage_text(garbage: Garbage, older_than: str) -> str:

@@ -155,6 +155,26 @@ def test_errors_are_grouped_and_their_table_computes_nothing(sink_job: MakeJob, 
         groups(str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"])
+def test_no_cell_of_the_table_of_errors_is_a_formula(sink_job: MakeJob, tmp_path: Path, sign: str) -> None:
+    printable = sign if sign.isprintable() else ""
+    rows = [{"prompt": f"{sign}1+1 fails", "id": f"{printable}x"}, {"prompt": "a circle", "id": "fine"}]
+    job = sink_job()
+    written(job.model_copy(update={"source": job.source.model_copy(update={"rows": rows})}), rows=2)
+    write_csv(str(tmp_path / "out"), tmp_path / "dead.csv")
+    with (tmp_path / "dead.csv").open(newline="", encoding="utf-8") as file:
+        [row] = csv.DictReader(file)
+    assert row["prompt"] == f"'{sign}1+1 fails"
+    assert row["id"] == (f"'{sign}x" if printable else "x")
+
+
+def test_a_table_of_errors_that_cannot_be_written_is_one_line(sink_job: MakeJob, tmp_path: Path) -> None:
+    written(sink_job())
+    for path in (tmp_path, tmp_path / "no" / "where.csv", Path("/dev/full")):
+        with pytest.raises(JobError, match="--csv .*: cannot be written .*; choose another file"):
+            write_csv(str(tmp_path / "out"), path)
+
+
 def test_the_commands_say_what_there_is_to_do(make_job: MakeJob, ldm_batch: Any, tmp_path: Path) -> None:
     job = make_job(source={"rows": ["a circle", "a star"], "on_bad_row": "fail"})
     rows = [{"prompt": "a circle"}, {"prompt": "a star", "height": 63}]
@@ -165,8 +185,11 @@ def test_the_commands_say_what_there_is_to_do(make_job: MakeJob, ldm_batch: Any,
     found = ldm_batch("errors", path)
     assert found.returncode == 3
     assert found.stdout.startswith("1 × row.invalid in plan\n  rows row 2: height 63")
+    found = json.loads(ldm_batch("errors", path, "--json").stdout)
+    assert (found["output"], found["num_failed"], found["exit_code"]) == (str(tmp_path / "out"), 1, 3)
     found = ldm_batch("retry", path, "--json")
-    assert (found.returncode, json.loads(found.stdout)["num_new_rows"]) == (3, 0)
+    assert found.returncode == 3
+    assert (json.loads(found.stdout)["num_new_rows"], json.loads(found.stdout)["num_wrong"]) == (0, 1)
     found = ldm_batch("retry", path, "--error-type", "model.nan")
     assert (found.returncode, found.stderr.count("\n")) == (2, 1)
     assert "no row of" in found.stderr

@@ -349,7 +349,7 @@ def test_a_part_that_is_cut_off_is_found(make_job: MakeJob, tmp_path: Path) -> N
     run(job)
     part = sorted((tmp_path / "out" / "manifest").rglob("*.parquet"))[0]
     part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(NotWhole, match=r"is not a whole part; move it away and run the same command again"):
+    with pytest.raises(NotWhole, match=r"is not a whole part; `ldm-batch repair` makes its rows again"):
         run(job)
     part.unlink()
     assert run(job).totals.num_ok == 3
@@ -392,3 +392,28 @@ def test_a_run_stops_when_more_rows_fail_than_it_may_and_goes_on_when_it_may(
     last = run(job.model_copy(update={"max_failed": None}))
     assert (last.exit_code, last.totals.num_failed, last.totals.num_ok) == (3, 40, 1)
     assert last.num_new_rows <= 41 - 3
+
+
+class Loses:
+    """Takes the plan's rows away as soon as it is made."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def planned(self, *_: Any) -> None:
+        for path in self.out.glob("_ldm/plans/*/rows-*.parquet"):
+            path.unlink()
+
+    def started(self) -> None: ...
+
+    def progress(self, *_: Any) -> None: ...
+
+    def stopping(self) -> None: ...
+
+
+def test_what_a_task_raises_of_ours_is_what_the_run_raises_and_nothing_beside_it(
+    make_job: MakeJob, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(NotWhole, match=r"rows-00000.parquet is gone; the plan cannot be followed"):
+        run(make_job(), listener=Loses(tmp_path / "out"))
+    assert capfd.readouterr().err == ""
