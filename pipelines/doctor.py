@@ -112,7 +112,12 @@ def _listing(store: Store, path: str) -> tuple[Verdict, str]:
 
 
 def _create(store: Store, path: str) -> tuple[Verdict, str]:
-    store.create(path, b"first")
+    try:
+        store.create(path, b"first")
+    except (Exists, StorageError) as error:
+        return "broken", f"refused where there is nothing ({error})"
+    except OSError as error:
+        return "weak", f"answered with an error where there is nothing ({error}); run doctor again"
     try:
         store.create(path, b"second")
     except Exists:
@@ -125,15 +130,14 @@ def _create(store: Store, path: str) -> tuple[Verdict, str]:
 
 
 def _race(store: Store, path: str) -> tuple[Verdict, str]:
-    stores = [Store(store.url, store.storage_options) for _ in range(WRITERS)]
     barrier = Barrier(WRITERS)
 
     def write(at: tuple[int, int]) -> bool:
         round_, writer = at
         barrier.wait()
         try:
-            stores[writer].create(f"{path}/{round_}", f"{writer}".encode())
-        except (Exists, OSError):
+            store.create(f"{path}/{round_}", f"{writer}".encode())
+        except (Exists, OSError, StorageError):
             return False
         return True
 

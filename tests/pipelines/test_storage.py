@@ -15,7 +15,8 @@ import fsspec
 import pytest
 
 from pipelines.errors import JobError, StorageError
-from pipelines.storage import Exists, Store, list_files
+from pipelines.listing import list_files
+from pipelines.storage import Exists, Store
 from tests.conftest import free_port, start_moto
 from tests.faults.proxy import Faults, Rule
 
