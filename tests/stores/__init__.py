@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,13 @@ def answers(url: str) -> bool:
 
 def spawn(command: list[str], log: Path, environ: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a server that does not outlive this process, whatever becomes of it."""
-    watched = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     with log.open("ab") as out:
         return subprocess.Popen(
-            [*watched, *command],
+            # Its end of the pipe closes when this process is gone, however that came.
+            ["sh", "-c", 'exec 3<&0 </dev/null; { read _ <&3; kill -9 $$; } & exec "$@" 3<&-', "sh", *command],
             env=environ,
             cwd=log.parent,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -81,9 +80,11 @@ def spawn(command: list[str], log: Path, environ: dict[str, str] | None = None) 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL it and all that it started."""
-    if process.poll() is None:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin:
+        process.stdin.close()
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def _ends_well(action: Callable[[], object]) -> bool:
 
 @contextmanager
 def start_ceph() -> Iterator[Ceph]:
-    """A Ceph of one's own, gone at the end. To be started from a thread that lives as long as it.
+    """A Ceph of one's own, gone at the end.
 
     Raises:
         Unavailable: it cannot be had here; why.
