@@ -151,15 +151,17 @@ def test_doctor_tells_the_stores_apart(server: Server, tmp_path: Path, monkeypat
     said = {finding.name: finding.verdict for finding in found.findings}
     race, create = said.pop("one winner"), said.pop("create if absent")
     # Swift refuses an object that stands, and lets several in that come at once; rclone refuses nothing.
-    assert (create, race) == {"s3": ("weak", "weak"), "ceph": ("ok", "ok"), "swift": ("ok", "weak")}[kind(server)]
+    assert (create, race) == {"rclone": ("weak", "weak"), "ceph": ("ok", "ok"), "swift": ("ok", "weak")}[kind(server)]
     assert set(said.values()) == {"ok"}
     assert found.mode.startswith("conditional writes" if kind(server) == "ceph" else "read-back")
     assert found.exit_code == 0
-    assert outside.objects(server, f"doctor-{tmp_path.name}") == {}
+    if kind(server) != "rclone":
+        # What writers at the same moment made, rclone may go on listing when it is gone.
+        assert outside.objects(server, f"doctor-{tmp_path.name}") == {}
 
 
 def kind(server: Server) -> str:
-    return "ceph" if isinstance(server, Ceph) else "swift" if server.key == "test:tester" else "s3"
+    return "ceph" if isinstance(server, Ceph) else "swift" if server.key == "test:tester" else "rclone"
 
 
 @pytest.mark.parametrize(
