@@ -177,7 +177,7 @@ def _multipart(store: Store, path: str) -> tuple[Verdict, str]:
         call("upload_part", **where, UploadId=upload, PartNumber=1, Body=b"x" * 1024)
         call("abort_multipart_upload", **where, UploadId=upload)
     except Exception as error:  # noqa: BLE001 - botocore makes its classes at run time
-        return "weak", f"no multipart upload can be begun and given up ({str(error)[:120]}); needed from 5 GB on"
+        return "weak", f"no multipart upload can be begun and given up ({str(error)[:120]}); needed above 100 MB"
     left = store.read(path)
     return ("ok", "an upload that is given up leaves nothing") if left is None else ("broken", "left an object behind")
 
