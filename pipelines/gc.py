@@ -20,6 +20,8 @@ read. So all is spared as long as nobody takes longer than `older_than_s` from r
 first file, to the landing of the new part. What remains: a replacement that takes longer, and one that writes a file
 anew, under the name of an old orphan, between the look at that file's age and the landing of its delete. A live run is
 refused to keep both away.
+
+On S3 also: uploads that were begun that long ago and never ended. Whoever still is at one begins it anew.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}").fullmatch
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
+SLOWEST_BYTES_PER_S = 20_000
 PATIENCE_S = 600.0
 FIRST_PATIENCE_S = 8.0
 WAIT_S = 10.0
@@ -173,7 +174,7 @@ class Store:
                 written.replace(root / path)
             _fsync_folder((root / path).parent)
             return
-        self.patiently(lambda: self.filesystem.pipe_file(self.uri(path), data))
+        self.patiently(lambda: self._put(path, data))
 
     def create(self, path: str, data: bytes) -> None:
         """Put a whole object only where there is none: one request, no retry.
@@ -193,11 +194,11 @@ class Store:
             return
         try:
             if self.url.startswith("s3://"):
-                self.filesystem.pipe_file(self.uri(path), data, mode="create")
+                self._put(path, data, mode="create")
             elif self.filesystem.exists(self.uri(path)):
                 raise Exists(path)
             else:
-                self.filesystem.pipe_file(self.uri(path), data)
+                self._put(path, data)
         except FileExistsError:
             raise Exists(path) from None
         except Exists:
@@ -260,6 +261,13 @@ class Store:
         path = f"_ldm/probe-{uuid.uuid4().hex}"
         self.write(path, b"ldm-batch checks that it may write here\n")
         self.delete(path)
+
+    def _put(self, path: str, data: bytes, **options: Any) -> None:
+        if getattr(self.filesystem, "async_impl", False):
+            # s3fs asks for leave to send the body, and would wait for it for ever.
+            silence_s = READ_TIMEOUT_S if self.reached else FIRST_PATIENCE_S
+            options["timeout"] = silence_s + len(data) / SLOWEST_BYTES_PER_S
+        self.filesystem.pipe_file(self.uri(path), data, **options)
 
     @property
     def filesystem(self) -> Any:

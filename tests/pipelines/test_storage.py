@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import tracemalloc
@@ -14,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import fsspec
 import pytest
 
+from pipelines import storage
 from pipelines.errors import JobError, StorageError
 from pipelines.listing import list_files
 from pipelines.storage import Exists, Store
@@ -223,6 +225,27 @@ def test_a_store_that_does_not_answer_is_named(s3_endpoint: str) -> None:
     with pytest.raises(StorageError, match=r"no answer for \d+ s \(.*\); check the endpoint and the network"):
         store.probe()
     assert time.monotonic() - begun < 10
+
+
+def test_what_takes_connections_and_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_PATIENCE_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = Store("s3://bkt/x", {"endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}"})
+        begun = time.monotonic()
+        with pytest.raises(StorageError, match=r"no answer for \d+ s \(.*\); check the endpoint and the network"):
+            store.probe()
+        assert time.monotonic() - begun < 10
+
+
+def test_a_put_that_is_stuck_is_sent_again(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 1)
+    rule = Rule("PUT", "", "delay", seconds=8)
+    with Faults(s3_endpoint, [rule]) as faults:
+        store = Store("s3://bkt/stuck", {"endpoint_url": faults.url}, reached=True)
+        begun = time.monotonic()
+        store.write("a", b"x")
+        assert time.monotonic() - begun < 8
+    assert (rule.fired, Store("s3://bkt/stuck", {"endpoint_url": s3_endpoint}).read("a")) == (1, b"x")
 
 
 @pytest.mark.parametrize(
