@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import yaml
 
 from pipelines.cluster import KEEP_IDLE
 from pipelines.job import Job, parse_job
+from tests.stores import Unavailable, free_port
+from tests.stores.ceph import Ceph, start_ceph
 
 # Before anything imports huggingface_hub: a test that asks a hub is a broken test.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -82,12 +84,6 @@ def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., Job]:
     return make
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def start_moto(**environ: str) -> tuple[subprocess.Popen[bytes], str]:
     port = free_port()
     server = subprocess.Popen(
@@ -120,6 +116,17 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_options(s3_endpoint: str) -> dict[str, Any]:
     return {"endpoint_url": s3_endpoint}
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """A real object store with a bucket `bkt`."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(start_ceph())
+        except Unavailable as why:
+            pytest.skip(f"no Ceph here: {why}")
+        yield server
 
 
 @pytest.fixture
