@@ -16,25 +16,32 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
-from tests.stores import Unavailable, free_port, wait_for
+from tests.stores import (
+    BUCKET,
+    KEY,
+    SECRET,
+    START_LIMIT_S,
+    Server,
+    Unavailable,
+    answers,
+    free_port,
+    kill,
+    spawn,
+    wait_for,
+)
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 # What apt adds for disks and logins (lvm2, smartmontools, sudo…) is not needed here.
 _NEEDED = re.compile(r"^'[^']+' ((?:ceph|lib|python3|radosgw)\S*\.deb) ", re.MULTILINE)
 _APT_LIMIT_S = 120
-_START_LIMIT_S = 60
-KEY, SECRET, BUCKET = "AKTESTTEST", "SKTESTTESTTEST", "bkt"
 
 _CONF = """[global]
 fsid={fsid}
@@ -80,17 +87,12 @@ rgw_data={run}/rgw
 
 
 @dataclass
-class Ceph:
-    """A running one. `storage_options` are those of its only user; the bucket `bkt` is there."""
+class Ceph(Server):
+    """A running one."""
 
-    url: str
-    folder: Path
-    root: Path
+    folder: Path = Path()
+    root: Path = Path()
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    @property
-    def storage_options(self) -> dict[str, Any]:
-        return {"endpoint_url": self.url, "key": KEY, "secret": SECRET}
 
     def start_gateway(self) -> None:
         """Start the gateway (again), and wait until it answers."""
@@ -99,9 +101,7 @@ class Ceph:
 
     def kill_gateway(self) -> None:
         """SIGKILL the gateway, as a machine that is gone; what it has acknowledged stays."""
-        gateway = self.processes.pop("radosgw")
-        gateway.kill()
-        gateway.wait()
+        kill(self.processes.pop("radosgw"))
 
     def admin(self, *arguments: str) -> str:
         """What `radosgw-admin` prints."""
@@ -147,18 +147,8 @@ class Ceph:
         return done.stdout
 
     def _spawn(self, name: str, *arguments: str) -> None:
-        # Whatever becomes of the tests, nothing outlives them.
-        watched = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        with (self.folder / f"{name}.out").open("ab") as out:
-            self.processes[name] = subprocess.Popen(
-                [*watched, *self._command(name, arguments)],
-                env=self._environ(),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        log = self.folder / f"{name}.out"
+        self.processes[name] = spawn(self._command(name, arguments), log, self._environ())
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
         def check() -> bool:
@@ -167,8 +157,8 @@ class Ceph:
                 raise Unavailable(f"{ended[0]} ended while starting\n{self.logs()}")
             return ready()
 
-        if not wait_for(check, _START_LIMIT_S):
-            raise Unavailable(f"{what} did not answer in {_START_LIMIT_S} s\n{self.logs()}")
+        if not wait_for(check, START_LIMIT_S):
+            raise Unavailable(f"{what} did not answer in {START_LIMIT_S} s\n{self.logs()}")
 
     def _start(self, port: int, mon_port: int) -> None:
         fsid = str(uuid.uuid4())
@@ -189,28 +179,11 @@ class Ceph:
         self.admin("user", "create", "--uid=t", "--display-name=t", f"--access-key={KEY}", f"--secret-key={SECRET}")
         fsspec.filesystem("s3", skip_instance_cache=True, **self.storage_options).mkdir(BUCKET)
 
-    def _stop(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self.processes.values():
-            process.wait()
-
 
 def _ends_well(action: Callable[[], object]) -> bool:
     try:
         action()
     except (Unavailable, subprocess.TimeoutExpired):
-        return False
-    return True
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=1).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
         return False
     return True
 
@@ -226,12 +199,13 @@ def start_ceph() -> Iterator[Ceph]:
     # Short: the path of a Unix socket may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ceph-", dir="/tmp") as folder:
         port = free_port()
-        server = Ceph(f"http://127.0.0.1:{port}", Path(folder), root)
+        server = Ceph(f"http://127.0.0.1:{port}", folder=Path(folder), root=root)
         try:
             server._start(port, free_port())
             yield server
         finally:
-            server._stop()
+            for process in server.processes.values():
+                kill(process)
 
 
 def unpacked() -> Path:
