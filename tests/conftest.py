@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pytest
@@ -18,6 +18,10 @@ import yaml
 
 from pipelines.cluster import KEEP_IDLE
 from pipelines.job import Job, parse_job
+from tests.stores import Server, Unavailable, free_port
+from tests.stores.ceph import Ceph, start_ceph
+from tests.stores.openstack import start_swift
+from tests.stores.rclone import start_rclone
 
 # Before anything imports huggingface_hub: a test that asks a hub is a broken test.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Before Ray starts: its workers inherit them, as they would a user's.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
+S = TypeVar("S")
 ROOT = Path(__file__).parents[1]
 
 
@@ -82,12 +87,6 @@ def make_job(tiny_model: Path, tmp_path: Path) -> Callable[..., Job]:
     return make
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def start_moto(**environ: str) -> tuple[subprocess.Popen[bytes], str]:
     port = free_port()
     server = subprocess.Popen(
@@ -120,6 +119,37 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_options(s3_endpoint: str) -> dict[str, Any]:
     return {"endpoint_url": s3_endpoint}
+
+
+@contextmanager
+def or_skipped(name: str, start: Callable[[], AbstractContextManager[S]]) -> Iterator[S]:
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(start())
+        except Unavailable as why:
+            pytest.skip(f"no {name} here: {why}")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """A real object store, which keeps its word on conditional writes."""
+    with or_skipped("Ceph", start_ceph) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone() -> Iterator[Server]:
+    """A store that does not heed conditions."""
+    with or_skipped("rclone", start_rclone) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def swift() -> Iterator[Server]:
+    """A store that looks whether there is an object, and then writes."""
+    with or_skipped("Swift", start_swift) as server:
+        yield server
 
 
 @pytest.fixture
