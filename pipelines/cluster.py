@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 
 from pipelines.errors import JobError, RunFailed
@@ -66,7 +66,9 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             raise RunFailed(f"{at}no Ray cluster could be reached or started ({reason}); {way_out}") from None
     quiet_ray_data()
     try:
-        yield
+        # Ray tells of a worker's death on stdout, where a caller expects our answer and nothing else.
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         if started:
             ray.shutdown()

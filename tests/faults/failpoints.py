@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -367,11 +368,21 @@ def _quiet() -> Iterator[None]:
     yield
 
 
+def _import_everything(model: str) -> None:
+    """Once here, or every child does it anew."""
+    import s3fs  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(make_job(folder, model, None))
+        redo(make_job(folder, model, None), lambda store, plans: damage(store))
+
+
 def main() -> None:
     out, model, *names = sys.argv[1:]
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if out.startswith("s3://") else None
     every, first = (int(os.environ.get(name, default)) for name, default in (("EVERY", "1"), ("FIRST", "0")))
     with _quiet():
+        _import_everything(model)
         for name in names or SCENARIOS:
             folder = f"{out}/{name.replace(',', '').replace(' ', '-')}"
             if not out.startswith("s3://"):

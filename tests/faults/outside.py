@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,10 +94,10 @@ def examine(contents: dict[str, bytes]) -> Seen:
     seen = Seen(finished="_SUCCESS" in contents)
     for name, data in contents.items():
         if name.startswith("_ldm/plans/") and name.endswith(".parquet") and "/rows-" in name:
-            seen.planned.update(pq.read_table(io.BytesIO(data), columns=["key"])["key"].to_pylist())
+            seen.planned.update(pq.read_table(pa.BufferReader(data), columns=["key"])["key"].to_pylist())
         if name.startswith("manifest/") and name.endswith(".parquet"):
             try:
-                rows = pq.read_table(io.BytesIO(data)).to_pylist()
+                rows = pq.read_table(pa.BufferReader(data)).to_pylist()
             except (pa.ArrowException, OSError) as error:
                 seen.faults.append(f"part {name} cannot be read ({error})")
                 continue
