@@ -31,12 +31,19 @@ def measure(folder: Path, model: Path, seed: int) -> list[Figure]:
     files = _round(output, wanted, lambda: _lose_and_cut(folder / "out", rng))
     reached = not false_alarms and all(one["found"] == one["harmed"] and one["mended"] for one in (bits, files))
     measured = (
-        f"{bits['found']} of {bits['harmed']} flipped bits found, {files['found']} of {files['harmed']} missing files and "
-        f"cut parts; {false_alarms} false alarms; mended: {bits['mended'] and files['mended']}, byte-identical"
+        f"{bits['found']} of {bits['harmed']} flipped bits found, {files['found']} of {files['harmed']} missing files "
+        f"and cut parts; {false_alarms} false alarms; mended: {bits['mended'] and files['mended']}, byte-identical"
     )
     numbers = {"bits": bits, "files": files, "false_alarms": false_alarms, "seed": seed}
-    return [Figure(f"flipped bits in {ROWS} pictures, missing files, cut footers",
-                   "`verify --deep` finds all; `repair` mends all", measured, reached, numbers)]
+    return [
+        Figure(
+            f"flipped bits in {ROWS} pictures, missing files, cut footers",
+            "`verify --deep` finds all; `repair` mends all",
+            measured,
+            reached,
+            numbers,
+        )
+    ]
 
 
 def _round(output: Output, wanted: Seen, harm: Any) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def measure(folder: Path, model: Path, stores: list[str]) -> list[Figure]:
             if done.returncode:
                 raise SystemExit(f"failpoints on {store}: {done.stderr[-2000:]}")
             found += [json.loads(line) | {"store": store} for line in done.stdout.splitlines()]
-    total, fired, recovered = (sum(one[name] for one in found) for name in
-                               ("num_failpoints", "num_fired", "num_recovered"))
+    total, fired, recovered = (
+        sum(one[name] for one in found) for name in ("num_failpoints", "num_fired", "num_recovered")
+    )
     names = {name for one in found for name in one["names"]}
     measured = (
         f"{total} failpoints ({len(names)} kinds) of {len(found) // len(stores)} scenarios on {' and '.join(stores)}: "

@@ -89,8 +89,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts of the table")
     parser.add_argument("--kills", type=int, default=200, help="how many the soak makes")
-    parser.add_argument("--stores", type=lambda text: text.split(","), default=["local", "ceph"],
-                        help="local, ceph (fetched from the distribution's packages), moto; commas between")
+    parser.add_argument(
+        "--stores",
+        type=lambda text: text.split(","),
+        default=["local", "ceph"],
+        help="local, ceph (fetched from the distribution's packages), moto; commas between",
+    )
     parser.add_argument("--shards", type=int, default=1_000_000, help="of the plan that is resumed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
@@ -108,7 +112,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
         model = folder / "tiny"
-        script = "import sys; from tests.models import tiny_stable_diffusion as make; make().save_pretrained(sys.argv[1])"
+        script = (
+            "import sys; from tests.models import tiny_stable_diffusion as make; make().save_pretrained(sys.argv[1])"
+        )
         subprocess.run([sys.executable, "-c", script, str(model)], check=True, capture_output=True)
         print("| figure | bar | measured | |\n|---|---|---|---|", flush=True)
         for part in args.names or PARTS:

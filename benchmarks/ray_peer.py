@@ -45,8 +45,16 @@ class Sampler:
 
     def _row(self, prompt: str, seed: int) -> dict[str, Any]:
         row = {name: getattr(self.op, name, None) for name in ("guidance_scale", "num_inference_steps", "scheduler")}
-        return {**row, "prompt": str(prompt), "negative_prompt": "", "seed": seed, "scheduler": "ddim", "height": 64, "width": 64,
-                "loras": ()}
+        return {
+            **row,
+            "prompt": str(prompt),
+            "negative_prompt": "",
+            "seed": seed,
+            "scheduler": "ddim",
+            "height": 64,
+            "width": 64,
+            "loras": (),
+        }
 
 
 def main() -> None:

@@ -35,15 +35,25 @@ def measure(folder: Path, model: Path) -> list[Figure]:
     # A shard is one batch here.
     reached = all(one["fired"] and one["whole"] and one["num_redone"] <= WORKERS * BATCH for one in ours)
     measured = "; ".join(f"{name}: {_told(one)}" for name, one in numbers.items())
-    return [Figure(f"rows redone after a kill ({ROWS} rows, {WORKERS} workers, shards of {BATCH})",
-                   "≤ 1 shard per worker; peers in the same run", measured, reached, numbers)]
+    return [
+        Figure(
+            f"rows redone after a kill ({ROWS} rows, {WORKERS} workers, shards of {BATCH})",
+            "≤ 1 shard per worker; peers in the same run",
+            measured,
+            reached,
+            numbers,
+        )
+    ]
 
 
 def _told(one: dict[str, Any]) -> str:
     if not one["ended"]:
         return f"no end in {PEER_LIMIT_S:.0f} s"
-    return f"{one['num_redone']} rows redone" + (f", {one['num_twice']} rows twice in the output" if one["num_twice"] else
-                                                 "") + (f", {one['num_lost']} lost" if one["num_lost"] else "")
+    return (
+        f"{one['num_redone']} rows redone"
+        + (f", {one['num_twice']} rows twice in the output" if one["num_twice"] else "")
+        + (f", {one['num_lost']} lost" if one["num_lost"] else "")
+    )
 
 
 def _ours(folder: Path, model: Path, kind: str) -> dict[str, Any]:
@@ -93,7 +103,9 @@ def _peer(folder: Path, model: Path, checkpoint: bool) -> dict[str, Any]:
     running.wait()
     second = again()
     code = _wait(second)
-    ids = [i for path in (folder / "out").glob("*.parquet") for i in pq.read_table(path, columns=["id"])["id"].to_pylist()]
+    ids = [
+        i for path in (folder / "out").glob("*.parquet") for i in pq.read_table(path, columns=["id"])["id"].to_pylist()
+    ]
     return {
         "fired": hit,
         "ended": code == 0,

@@ -28,27 +28,48 @@ def measure(folder: Path, model: Path, kills: int, stores: list[str], seed: int)
         with place(store, folder / store) as where:
             with nodes(3) as cluster:
                 more = ("--address", cluster.address)
-                _until(tally, before + (share - before) * 2 // 3, where, model, wanted, f"{seed} {store} cluster",
-                       cluster.pid, more, cluster.environ)
+                _until(
+                    tally,
+                    before + (share - before) * 2 // 3,
+                    where,
+                    model,
+                    wanted,
+                    f"{seed} {store} cluster",
+                    cluster.pid,
+                    more,
+                    cluster.environ,
+                )
             _until(tally, share, where, model, wanted, f"{seed} {store}", None, (), {})
     minutes = (time.monotonic() - begun) / 60
     by_kind = ", ".join(f"{num} {kind}" for kind, num in tally.kills.most_common())
     measured = (
-        f"{tally.num_kills} kills ({by_kind}) in {tally.num_runs} runs of {tally.num_outputs} outputs, {tally.num_rows} "
-        f"rows, over {' and '.join(stores)}: {_count(tally, 'lost')} lost, {_count(tally, 'twice')} twice, "
-        f"{_count(tally, 'torn')} torn, {tally.num_outputs - len(_outputs(tally))} of {tally.num_outputs} byte-identical"
+        f"{tally.num_kills} kills ({by_kind}) in {tally.num_runs} runs of {tally.num_outputs} outputs, "
+        f"{tally.num_rows} rows, over {' and '.join(stores)}: {_count(tally, 'lost')} lost, "
+        f"{_count(tally, 'twice')} twice, {_count(tally, 'torn')} torn, "
+        f"{tally.num_outputs - tally.num_different} of {tally.num_outputs} byte-identical"
     )
-    reached = not tally.faults and tally.num_kills >= kills and {"driver", "worker", "raylet", "upload"} <= set(
-        tally.kills
+    reached = (
+        not tally.faults and tally.num_kills >= kills and {"driver", "worker", "raylet", "upload"} <= set(tally.kills)
     )
-    numbers = {**asdict(tally), "minutes": round(minutes, 1), "kills_per_minute": round(tally.num_kills / minutes, 1),
-               "seed": seed}
+    numbers = {
+        **asdict(tally),
+        "minutes": round(minutes, 1),
+        "kills_per_minute": round(tally.num_kills / minutes, 1),
+        "seed": seed,
+    }
     return [Figure("random kills", "≥ 200; 0 lost, 0 twice, 0 torn, byte-identical", measured, reached, numbers)]
 
 
 def _until(
-    tally: Tally, kills: int, where: Place, model: Path, wanted: Seen, seed: str, cluster: int | None,
-    more: tuple[str, ...], environ: dict[str, str],
+    tally: Tally,
+    kills: int,
+    where: Place,
+    model: Path,
+    wanted: Seen,
+    seed: str,
+    cluster: int | None,
+    more: tuple[str, ...],
+    environ: dict[str, str],
 ) -> None:
     number = 0
     while tally.num_kills < kills:
@@ -57,15 +78,10 @@ def _until(
         # On a cluster a folder has to be said to be shared.
         out = where.out(at.name, shared=cluster is not None)
         output = write_job(at, model, out, where.options or {}, ROWS)
-        soak(output, wanted, random.Random(name), name, tally, cluster, more, environ,
-             lambda: tally.num_kills >= kills)
+        soak(output, wanted, random.Random(name), name, tally, cluster, more, environ, lambda: tally.num_kills >= kills)
         number += 1
         print(f"  {tally.num_kills} kills, {len(tally.faults)} faults, seed {name}", flush=True)
 
 
 def _count(tally: Tally, word: str) -> int:
     return sum(word in fault or (word == "torn" and "not there" in fault) for fault in tally.faults)
-
-
-def _outputs(tally: Tally) -> set[str]:
-    return {fault.partition(":")[0].partition(",")[0] for fault in tally.faults}

@@ -53,8 +53,15 @@ def errors(folder: Path, model: Path, store: str, seed: int) -> list[Figure]:
         f"{wild['whole_s']:.0f} s, {calm['whole_s']:.0f} s without"
     )
     reached = not faults and wild["num_failed_requests"] > 0.15 * wild["num_requests"]
-    return [Figure("store errors at 20 % of requests", "finishes; requests a shard and slowdown", measured, reached,
-                   {**numbers, "num_shards": num_shards, "faults": faults, "seed": seed})]
+    return [
+        Figure(
+            "store errors at 20 % of requests",
+            "finishes; requests a shard and slowdown",
+            measured,
+            reached,
+            {**numbers, "num_shards": num_shards, "faults": faults, "seed": seed},
+        )
+    ]
 
 
 def away(folder: Path, model: Path, store: str) -> list[Figure]:
@@ -89,12 +96,25 @@ def away(folder: Path, model: Path, store: str) -> list[Figure]:
     if code or not still:
         faults.append(f"ended with {code}: {said.get('error')}")
     measured = (
-        f"{store}: {'goes on by itself' if still and not code else f'ends with {code}'}, {first_s:.1f} s after the store is "
-        f"back; {gone.fired} requests unanswered; {redone} of {ROWS // 2} shards computed twice by {WORKERS} workers"
+        f"{store}: {'goes on by itself' if still and not code else f'ends with {code}'}, {first_s:.1f} s after the "
+        f"store is back; {gone.fired} requests unanswered; {redone} of {ROWS // 2} shards computed twice by {WORKERS} workers"
     )
-    numbers = {"exit_code": code, "num_unanswered": gone.fired, "num_redone": redone, "workers": WORKERS,
-               "first_commit_after_s": round(first_s, 1), "faults": faults,
-               "begun": Counter(line[3] for line in notes._lines("begin")).most_common(3)}
-    reached = not faults and gone.fired > 0 and 0 < notes.num_begun and redone <= WORKERS
-    return [Figure(f"store away for {AWAY_S:.0f} s", "goes on by itself; ≤ 1 shard per worker redone", measured, reached,
-                   numbers)]
+    numbers = {
+        "exit_code": code,
+        "num_unanswered": gone.fired,
+        "num_redone": redone,
+        "workers": WORKERS,
+        "first_commit_after_s": round(first_s, 1),
+        "faults": faults,
+        "begun": Counter(line[3] for line in notes._lines("begin")).most_common(3),
+    }
+    reached = not faults and gone.fired > 0 and notes.num_begun > 0 and redone <= WORKERS
+    return [
+        Figure(
+            f"store away for {AWAY_S:.0f} s",
+            "goes on by itself; ≤ 1 shard per worker redone",
+            measured,
+            reached,
+            numbers,
+        )
+    ]

@@ -16,7 +16,9 @@ EXITS = {"refuse": (0, 75), "join": (0, 0), "takeover": (75, 0)}
 
 def measure(folder: Path, model: Path) -> list[Figure]:
     """Start the second run once the first has committed."""
-    wanted = undisturbed(write_job(folder / "undisturbed", model, str(folder / "undisturbed" / "out"), {}, ROWS, STEPS, 1))
+    wanted = undisturbed(
+        write_job(folder / "undisturbed", model, str(folder / "undisturbed" / "out"), {}, ROWS, STEPS, 1)
+    )
     said, faults, numbers = [], [], {}
     for way, more in WAYS.items():
         output = write_job(folder / way, model, str(folder / way / "out"), {}, ROWS, STEPS, 1)

@@ -246,7 +246,7 @@ class Steps:
         fsync = os.fsync
 
         def before_fsync(descriptor: int) -> None:
-            at = os.readlink(f"/proc/self/fd/{descriptor}")
+            at = str(Path(f"/proc/self/fd/{descriptor}").readlink())
             self.step(f"before fsync {self.kind(at[len(self.root) + 1 :])}")
             fsync(descriptor)
             self.step(f"after fsync {self.kind(at[len(self.root) + 1 :])}")
@@ -266,9 +266,9 @@ class Steps:
         sys.addaudithook(hook)
 
 
-def in_a_process(action: Callable[[], None], root: str, die_at: int | None, weather: Callable[[], None]) -> tuple[
-    int, list[str]
-]:
+def in_a_process(
+    action: Callable[[], None], root: str, die_at: int | None, weather: Callable[[], None]
+) -> tuple[int, list[str]]:
     """Do `action` in a child; the signal that ended it (0: none), and the steps that it told."""
     reader, told = os.pipe()
     child = os.fork()
@@ -311,9 +311,9 @@ def rehearse(name: str, out: str, model: str, options: Options | None = None, ev
         num_outs += 1
         return f"{out}/{num_outs:04d}"
 
-    def do(action: Callable[[Job], None], at: str, die_at: int | None = None, weather: bool = False) -> tuple[
-        int, list[str]
-    ]:
+    def do(
+        action: Callable[[Job], None], at: str, die_at: int | None = None, weather: bool = False
+    ) -> tuple[int, list[str]]:
         job = make_job(at, model, options)
         return in_a_process(lambda: action(job), at, die_at, scenario.weather if weather else lambda: None)
 

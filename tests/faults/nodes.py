@@ -66,9 +66,15 @@ def main() -> None:
     num, cpus = map(int, sys.argv[1:])
     here: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": STORE_BYTES}
     # A raylet's death is noticed within two seconds, or every kill would cost half a minute of waiting.
-    quick = {"health_check_initial_delay_ms": 2000, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-             "health_check_failure_threshold": 3}
-    cluster = Cluster(initialize_head=True, head_node_args={**here, "include_dashboard": False, "_system_config": quick})
+    quick = {
+        "health_check_initial_delay_ms": 2000,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 3,
+    }
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**here, "include_dashboard": False, "_system_config": quick}
+    )
     others = [cluster.add_node(wait=False, **here) for _ in range(num - 1)]
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)  # noqa: T201

@@ -36,8 +36,11 @@ class Seen:
         found = list(self.faults)
         found += [f"row {key} is lost" for key in sorted((wanted.planned | self.planned) - self.rows.keys())]
         found += [f"row {key} was never planned" for key in sorted(self.rows.keys() - wanted.planned)]
-        found += [f"row {key} has other bytes" for key in sorted(self.rows.keys() & wanted.rows.keys())
-                  if self.rows[key] != wanted.rows[key]]
+        found += [
+            f"row {key} has other bytes"
+            for key in sorted(self.rows.keys() & wanted.rows.keys())
+            if self.rows[key] != wanted.rows[key]
+        ]
         if self.pictures != wanted.pictures:
             names = sorted(dict(self.pictures.items() ^ wanted.pictures.items()))
             found.append(f"{len(names)} files are not those of the undisturbed run, {names[0]} among them")

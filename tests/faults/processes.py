@@ -45,7 +45,7 @@ def _read(pid: int) -> Process | None:
 
 def family(root: int) -> list[Process]:
     """A process and all that descend from it, the oldest first."""
-    found = [process for name in os.listdir("/proc") if name.isdigit() and (process := _read(int(name)))]
+    found = [process for path in Path("/proc").iterdir() if path.name.isdigit() and (process := _read(int(path.name)))]
     members = {root}
     # A child has not always the larger number.
     while more := {process.pid for process in found if process.parent in members} - members:

@@ -44,6 +44,8 @@ class Tally:
     num_survived: int = 0
     """Deaths after which the run that they hit went on and committed more."""
     num_outputs: int = 0
+    num_different: int = 0
+    """Outputs that are not what an undisturbed run makes."""
     num_rows: int = 0
     num_orphans: int = 0
     num_left_behind: int = 0
@@ -55,8 +57,16 @@ class Tally:
         return sum(self.kills.values())
 
 
-def write_job(folder: Path, model: Path | str, out: str, options: Options, num_rows: int, steps: int = 12,
-              workers: int = 2, **more: Any) -> Output:
+def write_job(
+    folder: Path,
+    model: Path | str,
+    out: str,
+    options: Options,
+    num_rows: int,
+    steps: int = 12,
+    workers: int = 2,
+    **more: Any,
+) -> Output:
     """A job of many shards of two small pictures and their thumbnails."""
     stage = {"op": "txt2img", "model": str(model), "num_inference_steps": steps, "batch_size": 2, "workers": workers}
     data = {
@@ -140,8 +150,6 @@ def soak(
             tally.faults.append(f"seed {seed}: a run hung for {RUN_LIMIT_S} s")
             continue
         tally.exits[str(code)] += 1
-        if "Traceback" in output.job.with_suffix(".log").read_text(errors="replace"):
-            tally.faults.append(f"seed {seed}: a traceback in {output.job.with_suffix('.log')}")
         if "not_json" in said:
             tally.faults.append(f"seed {seed}: --json printed {said['not_json'][:300]!r}")
         if code not in (0, 1, -9):
@@ -154,8 +162,11 @@ def soak(
         tally.faults.append(f"seed {seed}: not finished in {GIVE_UP_AFTER} runs")
     for process in gone(left, 30):
         tally.num_left_behind += kill(process)
+    if "Traceback" in (text := output.job.with_suffix(".log").read_text(errors="replace")):
+        tally.faults.append(f"seed {seed}: a traceback: {text[text.index('Traceback') :][:2000]}")
     seen = look(output.path, output.options)
     tally.num_outputs += 1
+    tally.num_different += bool(seen.differences(wanted))
     tally.num_rows += len(seen.rows)
     tally.num_orphans += seen.num_orphans
     tally.faults += [f"seed {seed}: {fault}" for fault in seen.differences(wanted)]

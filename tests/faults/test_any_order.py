@@ -1,8 +1,11 @@
-"""Plan, attempts, deaths, resume, extend, retry, count and gc in any order that hypothesis can think of: in memory, where
-many orders are quick, and on a real disk."""
+"""Plan, attempts, deaths, resume, extend, retry, count and gc in any order that hypothesis can think of.
+
+In memory, where many orders are quick, and on a real disk.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -171,10 +174,8 @@ class Output(RuleBasedStateMachine):
     @rule(requests=st.integers(0, 6), after=st.booleans())
     def somebody_dies_while_planning(self, requests: int, after: bool) -> None:
         self.num_rows += ROWS_PER_SHARD
-        try:
+        with contextlib.suppress(Dead):
             bring_up_to_date(Dying(self.store, requests, after), self.num_rows, no_sleep)
-        except Dead:
-            pass
         # The same command again.
         self.plans = bring_up_to_date(self.store, self.num_rows, no_sleep)
         assert sum(plan.num_rows for plan in self.plans) == self.num_rows
@@ -193,10 +194,8 @@ class Output(RuleBasedStateMachine):
     def somebody_dies_in_a_commit(self, which: int, outcome: int, requests: int, after: bool) -> None:
         files, path, part, name = self.attempt(*self.shards[which % len(self.shards)], outcome)
         dying = Dying(self.store, requests, after)
-        try:
+        with contextlib.suppress(Dead):
             commit_shard(dying, files, path, part, name, manifest.attempt_of, no_sleep)
-        except Dead:
-            pass
         # The part may have landed, whole, though nobody heard of it.
         if path not in self.parts and (there := self.store.read(path)) is not None:
             assert there == part
@@ -275,9 +274,7 @@ class OutputOnDisk(Output):
             os.utime(path, (then, then))
 
 
-QUICK = settings(
-    stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+QUICK = settings(stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 TestAnyOrder = Output.TestCase
 TestAnyOrder.settings = settings(QUICK, max_examples=400)
 TestAnyOrderOnDisk = OutputOnDisk.TestCase

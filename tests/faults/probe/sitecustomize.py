@@ -1,5 +1,7 @@
-"""Python runs this at the start of every process whose PYTHONPATH begins here: each shard that a worker begins or ends is
-noted, a line in the file that LDM_BATCH_NOTES names."""
+"""Python runs this at the start of every process whose PYTHONPATH begins here.
+
+Each shard that a worker begins or ends is noted, a line in the file that LDM_BATCH_NOTES names.
+"""
 
 from __future__ import annotations
 
