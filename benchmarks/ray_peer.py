@@ -1,9 +1,10 @@
 """The peer: the same rows by Ray Data alone, read_parquet → map_batches → write_parquet, with or without its own
 checkpoint.
 
-    python -m benchmarks.ray_peer INPUT OUT CHECKPOINT MODEL STEPS BATCH WORKERS NOTES
+    python -m benchmarks.ray_peer INPUT OUT CHECKPOINT READER MODEL STEPS BATCH WORKERS NOTES
 
-CHECKPOINT is a folder, or `-`. The op is the product's own, so that a row costs the same.
+CHECKPOINT is a folder, or `-`; READER is `default`, which puts small files together into one block, or `v1`, which keeps
+them apart (Ray 2.60). The op is the product's own, so that a row costs the same.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Sampler:
 
 
 def main() -> None:
-    source, out, checkpoint, model, steps, batch, workers, notes = sys.argv[1:]
+    source, out, checkpoint, reader, model, steps, batch, workers, notes = sys.argv[1:]
     import ray
     import ray.data
 
@@ -66,6 +67,7 @@ def main() -> None:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.use_datasource_v2 = reader == "default"
     if checkpoint != "-":
         from ray.data.checkpoint import CheckpointConfig
 

@@ -1,4 +1,8 @@
-"""Work done twice because of a kill: ours, and two peers over the same rows, killed at the same point."""
+"""Work done twice because of a kill: ours, and two peers over the same rows, killed at the same point.
+
+That point is the middle of a shard, once half of the rows have been begun: right at a shard's end those before it may
+be on their way into the output still.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,24 @@ import pyarrow.parquet as pq
 
 from benchmarks.figure import Figure
 from tests.faults.notes import Notes
-from tests.faults.outside import look
+from tests.faults.outside import Seen, look
 from tests.faults.processes import family, gone, kill, wait_for
 from tests.faults.soak import ROOT, finish, start, undisturbed, write_job
 
-ROWS, BATCH, STEPS, WORKERS = 60, 2, 12, 2
+ROWS, BATCH, STEPS, WORKERS = 60, 2, 40, 2
 PEER_LIMIT_S = 300.0
 
 
 def measure(folder: Path, model: Path) -> list[Figure]:
-    """Each is killed once half of the rows have been begun, and started again until it ends by itself."""
+    """Each is killed, and started again until it ends by itself."""
+    calm = folder / "undisturbed"
+    wanted = undisturbed(write_job(calm, model, str(calm / "out"), {}, ROWS, STEPS, WORKERS))
     numbers: dict[str, dict[str, Any]] = {
-        "driver killed": _ours(folder / "driver", model, "driver"),
-        "worker killed": _ours(folder / "worker", model, "worker"),
+        "driver killed": _ours(folder / "driver", model, wanted, "driver"),
+        "worker killed": _ours(folder / "worker", model, wanted, "worker"),
         "Ray Data write_parquet, run again": _peer(folder / "rerun", model, False),
         "Ray Data CheckpointConfig": _peer(folder / "checkpoint", model, True),
+        "the same, its reader told to keep files apart": _peer(folder / "apart", model, True, "v1"),
     }
     ours = [numbers["driver killed"], numbers["worker killed"]]
     # A shard is one batch here.
@@ -56,8 +63,7 @@ def _told(one: dict[str, Any]) -> str:
     )
 
 
-def _ours(folder: Path, model: Path, kind: str) -> dict[str, Any]:
-    wanted = undisturbed(write_job(folder / "calm", model, str(folder / "calm" / "out"), {}, ROWS, STEPS, WORKERS))
+def _ours(folder: Path, model: Path, wanted: Seen, kind: str) -> dict[str, Any]:
     output = write_job(folder, model, str(folder / "out"), {}, ROWS, STEPS, WORKERS)
     notes = Notes(folder / "notes")
     running = start(output, **notes.environ)
@@ -77,7 +83,7 @@ def _ours(folder: Path, model: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _peer(folder: Path, model: Path, checkpoint: bool) -> dict[str, Any]:
+def _peer(folder: Path, model: Path, checkpoint: bool, reader: str = "default") -> dict[str, Any]:
     source = folder / "in"
     source.mkdir(parents=True)
     for first in range(0, ROWS, BATCH):
@@ -85,7 +91,8 @@ def _peer(folder: Path, model: Path, checkpoint: bool) -> dict[str, Any]:
         table = pa.table({"id": [f"row {i}" for i in rows], "prompt": [f"a red circle {i}" for i in rows]})
         pq.write_table(table, source / f"{first:06d}.parquet")
     notes = Notes(folder / "notes")
-    arguments = [str(source), str(folder / "out"), str(folder / "ids") if checkpoint else "-", str(model), str(STEPS)]
+    ids_at = str(folder / "ids") if checkpoint else "-"
+    arguments = [str(source), str(folder / "out"), ids_at, reader, str(model), str(STEPS)]
 
     def again() -> subprocess.Popen[bytes]:
         with (folder / "log").open("ab") as log:
@@ -131,6 +138,7 @@ def _wait(running: subprocess.Popen[bytes]) -> int | None:
 def _kill_at_half(running: subprocess.Popen[bytes], notes: Notes, kind: str) -> bool:
     """SIGKILL a run, or one of its workers, once half of the rows were begun."""
     _until(lambda: notes.num_rows_begun >= ROWS // 2 or running.poll() is not None)
+    time.sleep(notes.seconds_between / 2)
     members = family(running.pid)
     victim = members[0] if kind == "driver" else wait_for(running.pid, "worker", 10)[0]
     hit = running.poll() is None and kill(victim)

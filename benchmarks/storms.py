@@ -95,9 +95,10 @@ def away(folder: Path, model: Path, store: str) -> list[Figure]:
     faults = seen.differences(wanted)
     if code or not still:
         faults.append(f"ended with {code}: {said.get('error')}")
+    ending = "goes on by itself" if still and not code else f"ends with {code}"
     measured = (
-        f"{store}: {'goes on by itself' if still and not code else f'ends with {code}'}, {first_s:.1f} s after the "
-        f"store is back; {gone.fired} requests unanswered; {redone} of {ROWS // 2} shards computed twice by {WORKERS} workers"
+        f"{store}: {ending}, {first_s:.1f} s after the store is back; {gone.fired} requests unanswered; {redone} of "
+        f"{ROWS // 2} shards computed twice by {WORKERS} workers"
     )
     numbers = {
         "exit_code": code,

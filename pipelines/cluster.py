@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipelines.errors import JobError, RunFailed
@@ -42,6 +42,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     # Ray's C++ core warns on stderr about what we chose (finite restarts); its log files keep everything.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault(*KEEP_IDLE)
+    # Nor is a worker that a row has killed news for stdout, where Ray would print it amid --json (2.60).
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # Whoever reaches Ray's ports can run code; of a cluster of our own nobody else knows the token. Ray reads it
         # when it is imported.
@@ -66,9 +68,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             raise RunFailed(f"{at}no Ray cluster could be reached or started ({reason}); {way_out}") from None
     quiet_ray_data()
     try:
-        # Ray tells of a worker's death on stdout, where a caller expects our answer and nothing else.
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         if started:
             ray.shutdown()
@@ -113,7 +113,8 @@ def quiet_ray_data() -> None:
     # A block that Ray splits would be committed as two halves of a shard.
     context.target_max_block_size = None
     context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What goes wrong is raised, too.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def fit(pools: Sequence[tuple[Pool, int]]) -> list[Fit]:
