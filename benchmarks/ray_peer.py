@@ -3,8 +3,8 @@ checkpoint.
 
     python -m benchmarks.ray_peer INPUT OUT CHECKPOINT READER MODEL STEPS BATCH WORKERS NOTES
 
-CHECKPOINT is a folder, or `-`; READER is `default`, which puts small files together into one block, or `v1`, which keeps
-them apart (Ray 2.60). The op is the product's own, so that a row costs the same.
+CHECKPOINT is a folder, or `-`; READER is `default`, which puts small files together into one block, or `v1`, which
+keeps them apart (Ray 2.60). The op is the product's own, so that a row costs the same.
 """
 
 from __future__ import annotations
