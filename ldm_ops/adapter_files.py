@@ -24,6 +24,12 @@ CONTROLLED = {
 }
 """The pipelines that take a ControlNet, by op."""
 
+T2I_PIPELINES = {
+    "StableDiffusionPipeline": "StableDiffusionAdapterPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLAdapterPipeline",
+}
+"""What a model with a T2I-Adapter is loaded as; no auto class of diffusers knows (0.42)."""
+
 _LORA = re.compile(
     r"^(?P<module>.+?)\.(?:lora_(?P<a>A|B|down|up)|(?:lora|lora_linear_layer)\.(?P<b>down|up))(?:\.default(?:_\d+)?)?\.weight$"
 )
@@ -155,23 +161,58 @@ def check_vae(folder: Path, model: Path) -> None:
 
 
 def check_controlnet(folder: Path, model: Path, op: str) -> None:
-    """Whether a ControlNet (Zhang et al. 2023, arXiv:2302.05543) fits the model.
+    """Whether a ControlNet (Zhang et al. 2023, arXiv:2302.05543) or T2I-Adapter (Mou et al. 2023, arXiv:2302.08453)
+    fits the model.
 
     Raises:
-        Unfit: no ControlNetModel, one for another model, or a model whose `op` takes none.
+        Unfit: neither of them, one for another model, or a model whose `op` takes none.
     """
     config = _config(folder / "config.json")
-    if config.get("_class_name") != "ControlNetModel":
-        raise Unfit(f"is a {config.get('_class_name', 'folder without a config.json')}; a ControlNetModel is needed")
+    found = config.get("_class_name", "folder without a config.json")
+    if found not in ("ControlNetModel", "T2IAdapter"):
+        raise Unfit(f"is a {found}; a ControlNetModel or a T2IAdapter is needed")
     if not any(folder.glob("*.safetensors")):
         raise Unfit("holds no *.safetensors; save it with save_pretrained(safe_serialization=True)")
-    pipeline = _config(model / "model_index.json").get("_class_name")
+    pipeline = str(_config(model / "model_index.json").get("_class_name"))
+    if found == "T2IAdapter":
+        _check_t2i_adapter(config, pipeline, _config(model / "unet" / "config.json"), op)
+        return
     if pipeline not in CONTROLLED[op]:
         raise Unfit(f"{op} with a ControlNet takes {' or '.join(CONTROLLED[op])}; the model is a {pipeline}")
     unet = _config(model / "unet" / "config.json")
     for name in ("cross_attention_dim", "block_out_channels", "addition_embed_type"):
         if config.get(name) != unet.get(name):
             raise Unfit(f"is for another model: {name} is {config.get(name)}, the model's U-Net has {unet.get(name)}")
+
+
+def _check_t2i_adapter(config: dict[str, Any], pipeline: str, unet: dict[str, Any], op: str) -> None:
+    if op != "txt2img":
+        raise Unfit(f"is a T2IAdapter, which {op} does not take; use a ControlNetModel")
+    if pipeline not in T2I_PIPELINES:
+        raise Unfit(f"txt2img with a T2IAdapter takes {' or '.join(T2I_PIPELINES)}; the model is a {pipeline}")
+    # What it gives is added at half the resolution where the first block has no attention, as in Stable Diffusion XL.
+    kind, first = config.get("adapter_type"), (unet.get("down_block_types") or [None])[0]
+    if (kind == "full_adapter_xl") != (first == "DownBlock2D"):
+        raise Unfit(f"is for another model: adapter_type is {kind}, the model's U-Net begins with a {first}")
+    channels, blocks = (list(value or ()) for value in (config.get("channels"), unet.get("block_out_channels")))
+    if not channels or any(ours != theirs for ours, theirs in zip(channels, blocks, strict=False)):
+        raise Unfit(f"is for another model: channels is {channels}, the model's U-Net has {blocks}")
+
+
+def t2i_pipeline(model: Path) -> str:
+    """The class of diffusers that loads `model` beside a T2I-Adapter."""
+    return T2I_PIPELINES[_config(model / "model_index.json")["_class_name"]]
+
+
+def is_t2i_adapter(folder: Path) -> bool:
+    """Whether what `check_controlnet` has let through is a T2I-Adapter."""
+    return bool(_config(folder / "config.json").get("_class_name") == "T2IAdapter")
+
+
+def control_multiple(folder: Path) -> int:
+    """What height and width must be a multiple of beside the model's own multiple."""
+    # The pixels that its first layer folds into one place, which for XL are more than a latent's.
+    return int(_config(folder / "config.json").get("downscale_factor") or 8) if is_t2i_adapter(folder) else 1
 
 
 def vae_folder(folder: Path) -> Path:

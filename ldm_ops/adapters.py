@@ -1,4 +1,4 @@
-"""Weights that go beside a model's own: another autoencoder, a ControlNet, textual inversions, LoRAs.
+"""Weights that go beside a model's own: another autoencoder, a ControlNet or T2I-Adapter, textual inversions, LoRAs.
 
 All but the LoRAs belong to the job and are there from the start; LoRAs come and go with the rows.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_ops.adapter_files import vae_folder
+from ldm_ops.adapter_files import is_t2i_adapter, t2i_pipeline, vae_folder
 from ldm_ops.op import Op, RowRefused
 
 if TYPE_CHECKING:
@@ -29,15 +29,24 @@ class Adapters:
     controlnet: tuple[Path, str | None] | None = None
     textual_inversion: tuple[tuple[str, Path], ...] = ()
 
+    @property
+    def is_t2i(self) -> bool:
+        """Whether the control images go through a T2I-Adapter, in place of a ControlNet."""
+        return self.controlnet is not None and is_t2i_adapter(self.controlnet[0])
+
+    def pipeline_class(self, folder: Path) -> Any:
+        """The diffusers class that loads `folder` beside them, where the op's own class does not."""
+        import diffusers
+
+        return getattr(diffusers, t2i_pipeline(folder)) if self.is_t2i else None
+
     def components(self, dtype: torch.dtype) -> dict[str, Any]:
         """What `from_pretrained` takes in place of a model's own parts."""
         import diffusers
 
         found: dict[str, Any] = {}
-        for name, cls, place in (
-            ("vae", diffusers.AutoencoderKL, self.vae),
-            ("controlnet", diffusers.ControlNetModel, self.controlnet),
-        ):
+        control = ("adapter", diffusers.T2IAdapter) if self.is_t2i else ("controlnet", diffusers.ControlNetModel)
+        for (name, cls), place in ((("vae", diffusers.AutoencoderKL), self.vae), (control, self.controlnet)):
             if place is not None:
                 folder, variant = place
                 found[name] = cls.from_pretrained(

@@ -19,6 +19,21 @@ def to_uint8(images_BCHW: torch.Tensor) -> list[NDArray[np.uint8]]:
     return list(bytes_BHWC.cpu().contiguous().numpy())
 
 
+def as_BCHW(images: torch.Tensor | NDArray[np.float32]) -> torch.Tensor:
+    """What a pipeline gives for output_type="pt"; some of diffusers' older ones give (B, H, W, C) arrays even so."""
+    import torch
+
+    return images if isinstance(images, torch.Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def grey(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) → (H, W), by the luma of ITU-R 601 as Pillow computes it."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(picture).convert("L"))
+
+
 def from_uint8(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
     """(H, W, 3) or (H, W) uint8 each, all of one size → images_BCHW in [0, 1], float32 on the CPU."""
     import numpy as np

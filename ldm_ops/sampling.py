@@ -16,7 +16,7 @@ from ldm_ops.adapters import NO_ADAPTERS, Adapters, LoraSlot
 from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
-from ldm_ops.pixels import from_uint8, to_uint8
+from ldm_ops.pixels import as_BCHW, from_uint8, grey, to_uint8
 from ldm_ops.schedulers import make_scheduler, scheduler_name
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Sampling(Op):
     A row's own parameters win over the fields here. Noise comes from one CPU generator per row, as in
     `pipe(prompt, generator=torch.Generator().manual_seed(seed))`.
 
-    A row may bring `loras`, (file, scale) each, and where the model was loaded with a ControlNet it has to bring
-    `control_image`, uint8 (H, W, 3) of the picture's size, and `controlnet_conditioning_scale`.
+    A row may bring `loras`, (file, scale) each. Where the model was loaded with a ControlNet or T2I-Adapter it has to
+    bring `control_image`, uint8 (H, W, 3) of the picture's size, and `controlnet_conditioning_scale`.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset(
@@ -132,7 +132,7 @@ class Sampling(Op):
         if self.variant is not None:
             options["variant"] = self.variant
         options |= adapters.components(dtype)
-        pipe = self._pipeline_class(folder).from_pretrained(
+        pipe = (adapters.pipeline_class(folder) or self._pipeline_class(folder)).from_pretrained(
             folder,
             torch_dtype=dtype,
             use_safetensors=True,
@@ -192,7 +192,7 @@ class Sampling(Op):
         name = rows[0]["scheduler"] or model.scheduler_name
         model.pipe.scheduler = make_scheduler(name, dict(model.scheduler_config))
         with torch.inference_mode():
-            images_BCHW = model.pipe(**self._arguments(model, rows, kept)).images
+            images_BCHW = as_BCHW(model.pipe(**self._arguments(model, rows, kept)).images)
             if not bool(torch.isfinite(images_BCHW).all()):
                 raise RowRefused("model.nan", "the model gave NaN; try dtype: fp32 or bf16, or another scheduler")
             flagged = self._flag(model, images_BCHW)
@@ -231,9 +231,13 @@ class Sampling(Op):
             **self._inputs(model, rows),
         }
         if model.controlled:
-            control_BCHW = from_uint8([row["control_image"] for row in rows])
-            arguments["control_image" if "control_image" in model.accepts else "image"] = control_BCHW
-            arguments["controlnet_conditioning_scale"] = float(first["controlnet_conditioning_scale"])
+            control = [row["control_image"] for row in rows]
+            adapter = getattr(model.pipe, "adapter", None)
+            if adapter is not None and adapter.config.in_channels == 1:
+                control = [grey(one) for one in control]
+            arguments["control_image" if "control_image" in model.accepts else "image"] = from_uint8(control)
+            scale = "controlnet_conditioning_scale" if adapter is None else "adapter_conditioning_scale"
+            arguments[scale] = float(first["controlnet_conditioning_scale"])
         if first["negative_prompt"]:
             arguments["negative_prompt"] = [row["negative_prompt"] or "" for row in rows]
         if kept is not None:

@@ -10,8 +10,8 @@ import hashlib
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from ldm_ops.adapter_files import (
     check_embedding,
     check_lora,
     check_vae,
+    control_multiple,
+    is_t2i_adapter,
     read_shapes,
     refuse_pickle,
 )
@@ -59,7 +61,8 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class StageAdapters:
-    """All adapters of one stage. `lora` is what rows have that say nothing, `lora_revision` the content of it."""
+    """All adapters of one stage. `lora` is what rows have that say nothing, `lora_revision` the content of it;
+    `size_multiple` is in px, of height and width."""
 
     vae: Weights | None = None
     controlnet: Weights | None = None
@@ -68,6 +71,7 @@ class StageAdapters:
     lora: str | None = None
     lora_revision: str | None = None
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    size_multiple: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -154,13 +158,22 @@ def identify_adapters(i: int, stage: AnyStage, facts: ModelFacts, storage_option
     field_name = ""
     try:
         folders: dict[str, Weights] = {}
-        for field_name, reference, look in (
-            ("vae", stage.vae, partial(check_vae, model=model)),
-            ("controlnet", stage.controlnet, partial(check_controlnet, model=model, op=stage.op)),
-        ):
+        multiple = 1
+
+        def control(folder: Path) -> int:
+            check_controlnet(folder, model, stage.op)
+            if is_t2i_adapter(folder) and stage.save_intermediates is not None:
+                raise Unfit("is a T2IAdapter, whose pipelines show no step; leave save_intermediates out")
+            return control_multiple(folder)
+
+        def vae(folder: Path) -> int:
+            check_vae(folder, model)
+            return 1
+
+        for field_name, reference, look in (("vae", stage.vae, vae), ("controlnet", stage.controlnet, control)):
             if reference is not None:
                 parts = ("vae",) if field_name == "vae" else ()
-                folders[field_name], _ = find(
+                folders[field_name], multiple = find(
                     reference.model, reference.revision, reference.variant, storage_options, look, parts
                 )
         embeddings: list[tuple[str, AdapterFile]] = []
@@ -180,19 +193,16 @@ def identify_adapters(i: int, stage: AnyStage, facts: ModelFacts, storage_option
             loras[name] = AdapterFile(file.model, file.sha256, file.location, lora.scale, storage_options)
         field_name = "lora"
         found = StageAdapters(
-            folders.get("vae"), folders.get("controlnet"), tuple(embeddings), loras, storage_options=storage_options
+            folders.get("vae"),
+            folders.get("controlnet"),
+            tuple(embeddings),
+            loras,
+            storage_options=storage_options,
+            size_multiple=multiple,
         )
         reader = LoraReader(found, model)
         default = reader.read("", stage.lora) if stage.lora is not None else None
-        return StageAdapters(
-            found.vae,
-            found.controlnet,
-            found.textual_inversion,
-            loras,
-            default,
-            reader.revision(default),
-            storage_options,
-        )
+        return replace(found, lora=default, lora_revision=reader.revision(default))
     except (Unfit, Wrong) as error:
         reference_text = _said(stage, field_name)
         raise JobError(f"stages.{i}.{field_name}: {reference_text}{error}") from None

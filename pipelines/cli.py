@@ -49,6 +49,12 @@ Output = Annotated[str, typer.Argument(help="A job file, or the output folder or
 Address = Annotated[
     str | None, typer.Option(help="A Ray cluster (auto, host:port); one of this machine's own if left out.")
 ]
+Grace = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Seconds after Ctrl-C or SIGTERM until what is still in flight is abandoned; no limit if left out."
+    ),
+]
 Extend = Annotated[bool, typer.Option(help="Add changed rows beside those of an older version of the job.")]
 
 
@@ -168,6 +174,7 @@ def run(
         bool, typer.Option("--takeover", help="Replace a run that is alive on the same output.")
     ] = False,
     address: Address = None,
+    grace: Grace = None,
     as_json: Json = False,
 ) -> None:
     """Do what is left of the job. The same command again resumes; when nothing is left it says so."""
@@ -178,7 +185,7 @@ def run(
         loaded = _load(job, set_)
         progress = Progress()
         try:
-            summary = run_job(loaded, limit, extend, join, takeover, address, progress)
+            summary = run_job(loaded, limit, extend, join, takeover, address, progress, grace)
         finally:
             progress.done()
         from dataclasses import asdict
@@ -267,6 +274,7 @@ def retry(
     ] = None,
     set_: Set = None,
     address: Address = None,
+    grace: Grace = None,
     as_json: Json = False,
 ) -> None:
     """Try the failed rows again, under the plan that they were planned by."""
@@ -274,16 +282,16 @@ def retry(
         from pipelines.dead_letters import Retry
 
         choose = Retry(error_type or ())
-        _redo(job, set_, address, as_json, choose, lambda: _hopeless(choose.num_hopeless))
+        _redo(job, set_, address, grace, as_json, choose, lambda: _hopeless(choose.num_hopeless))
 
 
 @app.command()
-def repair(job: JobPath, set_: Set = None, address: Address = None, as_json: Json = False) -> None:
+def repair(job: JobPath, set_: Set = None, address: Address = None, grace: Grace = None, as_json: Json = False) -> None:
     """Read everything back as `verify --deep` does, and make again what is missing or damaged."""
     with one_line_errors(as_json):
         from pipelines.verify import damage
 
-        _redo(job, set_, address, as_json, lambda store, plans: damage(store), lambda: "")
+        _redo(job, set_, address, grace, as_json, lambda store, plans: damage(store), lambda: "")
 
 
 @app.command()
@@ -304,7 +312,13 @@ def doctor(
 
 
 def _redo(
-    job: Path, overrides: list[str] | None, address: str | None, as_json: bool, choose: Any, more: Callable[[], str]
+    job: Path,
+    overrides: list[str] | None,
+    address: str | None,
+    grace_s: float | None,
+    as_json: bool,
+    choose: Any,
+    more: Callable[[], str],
 ) -> None:
     from dataclasses import asdict
 
@@ -314,7 +328,7 @@ def _redo(
     loaded = _load(job, overrides)
     progress = Progress()
     try:
-        summary = redo(loaded, choose, address, progress)
+        summary = redo(loaded, choose, address, progress, grace_s)
     finally:
         progress.done()
     _emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary) + more())

@@ -37,6 +37,11 @@ def ask_to_stop(store: Store, run_id: str) -> None:
     store.write(stop_path(run_id), b"")
 
 
+def end(store: Store, run_id: str, body: dict[str, Any]) -> None:
+    """The last word of a run: how it ended."""
+    store.write(f"{RUNS}/{run_id}/ended.json", json.dumps(body, default=str).encode())
+
+
 class Heartbeat:
     """Keeps this run visible for as long as the `with` block lasts."""
 

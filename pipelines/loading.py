@@ -15,13 +15,14 @@ from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.job import Source
 from pipelines.latents_file import LatentsHead, NotLatents, as_array, read_latents
-from pipelines.plans import Shard, read_shard
+from pipelines.plans import read_shard
+from pipelines.shards import Shard
 from pipelines.stages import AnyStage, Background, Buckets, Resized, reads
 from pipelines.storage import Store
 
 
-def image_loader(stage: AnyStage, facts: ModelFacts, source: Source) -> Loader | None:
-    """How images come into `stage`; None where it takes none.
+def image_loader(stage: AnyStage, facts: ModelFacts, source: Source, size_multiple: int = 1) -> Loader | None:
+    """How images come into `stage`; None where it takes none. `size_multiple` is what its adapters ask for.
 
     Raises:
         JobError: its buckets are none.
@@ -29,7 +30,9 @@ def image_loader(stage: AnyStage, facts: ModelFacts, source: Source) -> Loader |
     takes = reads(stage)
     if not isinstance(stage, Background) or takes.isdisjoint({"image", "control_image"}):
         return None
-    resize, multiple = (stage.resize, facts.size_multiple) if isinstance(stage, Resized) else (None, 1)
+    resize, multiple = None, 1
+    if isinstance(stage, Resized):
+        resize, multiple = stage.resize, math.lcm(facts.size_multiple, size_multiple)
     buckets: tuple[tuple[int, int], ...] = ()
     if isinstance(stage, Buckets) and stage.resolution is not None:
         step = math.lcm(stage.bucket_multiple, multiple)

@@ -97,7 +97,7 @@ METADATA_JSONL = "images/metadata.jsonl"
 """A copy for Hugging Face's imagefolder, written when all is done; readers of ours trust parts alone."""
 
 READERS = 16
-_PART = re.compile(rf"^{FOLDER}/[0-9a-f]+/(\d{{6,}})\.parquet$")
+_PART = re.compile(rf"^{FOLDER}/([0-9a-f]+)/(\d{{6,}})\.parquet$")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,12 @@ class PartHead:
 
 def part_path(plan_id: str, shard: int) -> str:
     return f"{FOLDER}/{plan_id}/{shard:06d}.parquet"
+
+
+def part_place(path: str) -> tuple[str, int] | None:
+    """Plan id and shard of a part's path; None of any other path."""
+    match = _PART.match(path)
+    return (match[1], int(match[2])) if match else None
 
 
 def keys_digest(keys: Iterable[str]) -> str:
@@ -196,7 +202,7 @@ def texts(part: bytes) -> set[str]:
 
 def committed_shards(store: ObjectStore, plan_id: str) -> set[int]:
     """Shards whose part exists: one listing, nothing read."""
-    return {int(match[1]) for name in store.list(f"{FOLDER}/{plan_id}") if (match := _PART.match(name))}
+    return {place[1] for name in store.list(f"{FOLDER}/{plan_id}") if (place := part_place(name))}
 
 
 def part_names(store: ObjectStore, folder: str = FOLDER) -> list[str]:
@@ -228,8 +234,8 @@ def as_text(values: list[Any]) -> pa.Array:
     return pa.array([t if t is None else t.encode("utf-8", "replace").decode() for t in texts], pa.string())
 
 
-def read_parts(store: ObjectStore, paths: Iterable[str]) -> list[tuple[str, PartHead, bytes]]:
-    """Read and check parts, some at a time.
+def read_parts(store: ObjectStore, paths: Iterable[str]) -> Iterator[tuple[str, PartHead, bytes]]:
+    """Read and check parts, some at a time, in the order of their paths.
 
     Raises:
         NotWhole: one of them is no whole part.
@@ -242,7 +248,9 @@ def read_parts(store: ObjectStore, paths: Iterable[str]) -> list[tuple[str, Part
             raise NotWhole(f"{store.uri(path)} is not a whole part; move it away and run the same command again")
         return path, head, part
 
-    return list(store.each(one, sorted(paths)))
+    names = iter(sorted(paths))
+    while block := list(islice(names, READERS)):
+        yield from store.each(one, block)
 
 
 def read_tables(store: Store, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -254,10 +262,8 @@ def read_tables(store: Store, columns: list[str] | None = None) -> Iterator[pa.T
     """
     if store.local is not None and not store.local.is_dir():
         raise StorageError(f"{store.url}: no such folder; give the output of a job")
-    names = iter(part_names(store))
-    while block := list(islice(names, READERS)):
-        for _, _, part in read_parts(store, block):
-            yield read_part(part, None if columns is None else tuple(columns))
+    for _, _, part in read_parts(store, part_names(store)):
+        yield read_part(part, None if columns is None else tuple(columns))
 
 
 def read_manifest(

@@ -28,17 +28,17 @@ from pipelines.images import MIME_TYPES, encode, refuse_missing
 from pipelines.job import Job, digest
 from pipelines.loading import image_loader
 from pipelines.plans import (
-    PLANS,
     Plan,
-    Shard,
     add_plan,
     read_plans,
     refuse_other_job,
     refuse_other_shape,
     same_settings,
 )
+from pipelines.remembered import Memory, Remembered
 from pipelines.row_table import OWN_FIELDS, has_negative, in_order, row_table
 from pipelines.rows import PROTOCOL, PlannedRow, Resolver
+from pipelines.shards import SHARDS_PER_FILE, Shards
 from pipelines.signing import Signer
 from pipelines.source import read_source
 from pipelines.stages import SCALES
@@ -46,7 +46,6 @@ from pipelines.storage import Store, is_local
 from pipelines.unused import refuse_unused, unused
 from pipelines.weights import Weights, identify
 
-SHARDS_PER_FILE = 64
 MAX_PROBLEMS = 5
 AUTO_SHARDS = 16
 AUTO_MAX_BATCHES = 8
@@ -98,6 +97,19 @@ class Planned:
     num_skipped: int = 0
     """What the source lists and does not hold: images that img2dataset could not download."""
 
+    def remembered(self) -> Remembered:
+        """What the same table will say to the same job."""
+        return Remembered(
+            [plan.plan_id for plan in self.plans],
+            self.num_source_rows,
+            self.num_pictures,
+            self.num_duplicates,
+            self.num_rows,
+            self.num_wrong,
+            self.num_skipped,
+            self.problems,
+        )
+
     @property
     def num_shards(self) -> int:
         return sum(len(plan.shards) for plan in self.plans)
@@ -121,16 +133,21 @@ def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
     """
     planner = _Planner(job, limit)
     store = Store(job.sink.path, job.sink.storage_options)
+    memory = Memory(store, job, planner.settings, limit)
     while True:
         plans = read_plans(store)
         if plans:
             refuse_other_shape(store, plans[-1].settings, job.shape_settings())
         if plans and not extend and not any(same_settings(p.settings, planner.settings) for p in plans):
             refuse_other_job(store, plans[-1].settings, planner.settings)
+        if (same := memory.recall(plans)) is not None:
+            return planner.known(plans, same)
         planned = planner.plan(plans, store, extend)
         if planned.new is None or planned.table is None:
+            memory.keep(planned.remembered(), planner.resolver.brought)
             return planned
         if add_plan(store, len(plans) + 1, planned.new, _row_files(planned.new, planned.table)):
+            memory.keep(planned.remembered(), planner.resolver.brought)
             facts = [facts for _, facts in planner.models]
             left_out = [path for path, _ in unused(job, facts, planner.resolver.brought)]
             store.write("_ldm/job.yaml", job.resolved_yaml(left_out).encode())
@@ -300,6 +317,26 @@ class _Planner:
             num_skipped=num_skipped,
         )
 
+    def known(self, plans: list[Plan], same: Remembered) -> Planned:
+        """The outcome for a table that is as it was when it was planned."""
+        return Planned(
+            plans=plans,
+            new=None,
+            table=None,
+            num_source_rows=same.num_source_rows,
+            num_pictures=same.num_pictures,
+            num_duplicates=same.num_duplicates,
+            num_known=same.num_rows,
+            num_wrong=same.num_wrong,
+            problems=same.problems,
+            buckets=[],
+            models=self.models,
+            adapters=self.adapters,
+            num_rows=same.num_rows,
+            num_gone=0 if self.limit else sum(plan.num_rows for plan in plans) - same.num_rows,
+            num_skipped=same.num_skipped,
+        )
+
     def _refuse_other_row(self, chunk: Chunk, row: PlannedRow, ids: dict[str, str]) -> None:
         content = f"{row.key}{digest(row.cells)[:32]}" if row.cells else row.key
         if ids.setdefault(str(row.id), content) != content:
@@ -355,18 +392,8 @@ class _Planner:
         digests = [manifest.keys_digest(keys[a:b]) for a, b in pieces]
         pools = [[stage.batch_size, stage.num_threads] for stage in self.job.stages]
         plan_id = digest([PROTOCOL, pools, per_shard, digests])[:16]
-        shards = tuple(
-            Shard(
-                plan_id=plan_id,
-                index=i,
-                file=f"{PLANS}/{plan_id}/rows-{i // SHARDS_PER_FILE:05d}.parquet",
-                row_group=i % SHARDS_PER_FILE,
-                num_rows=b - a,
-                keys_digest=digests[i],
-                cost=float(cost[a:b].sum()),
-            )
-            for i, (a, b) in enumerate(pieces)
-        )
+        costs = np.add.reduceat(cost, bounds[:-1])
+        shards = Shards.all_of(plan_id, np.diff(bounds), costs, "".join(digests))
         plan = Plan(
             plan_id=plan_id,
             job=self.job.recorded(),
@@ -424,7 +451,7 @@ def _row_files(plan: Plan, table: pa.Table) -> Iterator[tuple[str, bytes]]:
         shards = plan.shards[first : first + SHARDS_PER_FILE]
         buffer = io.BytesIO()
         with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
-            for shard in shards:
-                writer.write_table(table.slice(offset, shard.num_rows), row_group_size=shard.num_rows)
-                offset += shard.num_rows
+            for num_rows in shards.num_rows.tolist():
+                writer.write_table(table.slice(offset, num_rows), row_group_size=num_rows)
+                offset += num_rows
         yield shards[0].file, buffer.getvalue()

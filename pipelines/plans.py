@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -18,22 +18,8 @@ import pyarrow.parquet as pq
 from pipelines.commit import commit
 from pipelines.errors import NotWhole, OutputHeldByOther
 from pipelines.manifest import METADATA_JSONL
+from pipelines.shards import PLANS, Shards
 from pipelines.storage import ObjectStore
-
-PLANS = "_ldm/plans"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The unit of commit. `cost` is its share of the work: sample-steps × pixels."""
-
-    plan_id: str
-    index: int
-    file: str
-    row_group: int
-    num_rows: int
-    keys_digest: str
-    cost: float
 
 
 @dataclass(frozen=True)
@@ -51,15 +37,15 @@ class Plan:
     num_wrong: int
     keys_digest: str
     created_at: str
-    shards: tuple[Shard, ...] = field(repr=False)
+    shards: Shards = field(repr=False)
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), ensure_ascii=False).encode()
+        return json.dumps(vars(self) | {"shards": self.shards.to_json()}, ensure_ascii=False).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Plan:
         value = json.loads(data)
-        return cls(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
+        return cls(**{**value, "shards": Shards.all_of(value["plan_id"], **value["shards"])})
 
 
 def read_plans(store: ObjectStore) -> list[Plan]:

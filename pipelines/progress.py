@@ -7,7 +7,8 @@ import time
 from typing import TextIO
 
 from pipelines.planner import Planned
-from pipelines.plans import Plan, Shard
+from pipelines.plans import Plan
+from pipelines.shards import Shards
 
 LINE_EVERY_S = 10.0
 
@@ -25,27 +26,32 @@ class Progress:
         self.last_line = 0.0
         self.stopped = False
 
-    def planned(self, planned: Planned, plans: list[tuple[Plan, list[Shard]]]) -> None:
-        shards = [shard for _, todo in plans for shard in todo]
-        self.total_rows = sum(shard.num_rows for shard in shards)
-        self.total_cost = sum(shard.cost for shard in shards) or 1.0
-        done = planned.num_shards - len(shards)
+    def planned(self, planned: Planned, plans: list[tuple[Plan, Shards]]) -> None:
+        num_shards = self._expect(plans)
+        self.total_rows = sum(int(todo.num_rows.sum()) for _, todo in plans)
+        done = planned.num_shards - num_shards
         twice = f", {planned.num_duplicates} duplicates made once" if planned.num_duplicates else ""
         self._line(f"planned {planned.num_rows} pictures of {planned.num_source_rows} rows{twice}")
-        if not shards:
+        if not num_shards:
             self._line("nothing is left to do")
         elif done:
             self._line(f"{done} of {planned.num_shards} shards are done; {self.total_rows} pictures are left")
-        if shards:
+        if num_shards:
             self._line("starting Ray and loading the model …")
 
-    def redoing(self, plans: list[tuple[Plan, list[Shard]]], num_rows: int) -> None:
-        shards = [shard for _, todo in plans for shard in todo]
+    def redoing(self, plans: list[tuple[Plan, Shards]], num_rows: int) -> None:
+        num_shards = self._expect(plans)
         self.total_rows = num_rows
-        self.total_cost = sum(shard.cost for shard in shards) or 1.0
-        self._line(f"{num_rows} pictures of {len(shards)} shards are made again" if shards else "nothing is left to do")
-        if shards:
-            self._line("starting Ray and loading the model …")
+        if not num_shards:
+            self._line("nothing is left to do")
+            return
+        self._line(f"{num_rows} pictures of {num_shards} shards are made again")
+        self._line("starting Ray and loading the model …")
+
+    def _expect(self, plans: list[tuple[Plan, Shards]]) -> int:
+        """How many shards are to come, and what they cost."""
+        self.total_cost = sum(float(todo.cost.sum()) for _, todo in plans) or 1.0
+        return sum(len(todo) for _, todo in plans)
 
     def started(self) -> None:
         self.begun = self.begun or time.monotonic()

@@ -18,7 +18,8 @@ from pipelines.equipment import encoder_of, plan_adapters, plan_models
 from pipelines.errors import JobError
 from pipelines.job import Job
 from pipelines.loading import LoadShard, image_loader
-from pipelines.plans import Plan, Shard, read_shard
+from pipelines.plans import Plan, read_shard
+from pipelines.shards import Shard
 from pipelines.sink import ShardWriter
 from pipelines.storage import Store
 from pipelines.worker import Place, Worker
@@ -71,7 +72,10 @@ def _make(
     models = plan_models(plan, job, [], storage_options)
     adapters = plan_adapters(plan, job, [], models, storage_options)
     memory = Store(f"memory://ldm-batch-{uuid.uuid4().hex}")
-    loaders = [image_loader(stage, facts, source) for stage, (_, facts) in zip(job.stages, models, strict=True)]
+    loaders = [
+        image_loader(stage, facts, source, beside.size_multiple)
+        for stage, (_, facts), beside in zip(job.stages, models, adapters, strict=True)
+    ]
     load = LoadShard(store, loaders[0], models[0][0].revision, storage_options)
     wanted = pa.array(sorted(keys), pa.string())
     tables = [read_shard(store, shard.file, shard.row_group) for shard in shards]

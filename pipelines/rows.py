@@ -84,12 +84,13 @@ class Resolver:
         self.references = References(source.storage_options, source.allow_hosts)
         self.adapters = adapters[0]
         self.loras = LoraReader(self.adapters, Path(facts.folder))
+        multiple = math.lcm(facts.size_multiple, self.adapters.size_multiple)
         self.readers: dict[str, Callable[[Any], Any]] = {
             "prompt": read_text("prompt", MAX_PROMPT_CHARS),
             "negative_prompt": read_text("negative_prompt", MAX_PROMPT_CHARS),
             "seed": read_number("seed", 0, 2**63 - 1, whole=True),
-            "height": read_size("height", facts.size_multiple),
-            "width": read_size("width", facts.size_multiple),
+            "height": read_size("height", multiple),
+            "width": read_size("width", multiple),
             "num_inference_steps": read_number("num_inference_steps", 1, 1000, whole=True),
             "guidance_scale": read_number("guidance_scale", 0, 100, whole=False),
             "scheduler": read_scheduler(facts),

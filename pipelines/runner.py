@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest
@@ -32,7 +33,8 @@ from pipelines.image_folder import write_metadata
 from pipelines.job import Job
 from pipelines.loading import LoadShard, image_loader, place
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, Shard, read_plans, read_shard
+from pipelines.plans import Plan, read_plans, read_shard
+from pipelines.shards import Shard, Shards
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage
 from pipelines.stopping import stop_on_signals
@@ -45,6 +47,10 @@ if TYPE_CHECKING:
     import ray.data
 
 RESTARTS, RETRIES = 4, 4
+WAVE = 8192
+"""Shards that Ray hears of at a time: each costs it memory and a millisecond before the first begins. A wave ends with
+workers that wait for the last of it, and the next loads the model again; at a minute a shard that is little."""
+
 CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the first computes
 
 
@@ -75,12 +81,25 @@ Rows = dict[tuple[str, int], frozenset[str] | None]
 class Work:
     """Shards to do of each plan, and what is known of them already. Of those in `redo`, only the rows named there."""
 
-    todo: list[tuple[Plan, list[Shard]]]
+    todo: list[tuple[Plan, Shards]]
     redo: Rows
     models: list[tuple[Weights, ModelFacts]] = field(default_factory=list)
     adapters: list[StageAdapters] = field(default_factory=list)
     num_duplicates: int = 0
     num_gone: int = 0
+
+
+class Done:
+    """What this run has committed so far."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.first_error: str | None = None
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        if receipt["outcome"] == "mine":
+            self.num_rows += receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
+        self.first_error = self.first_error or receipt["first_error"]
 
 
 class Failed:
@@ -109,9 +128,9 @@ class Failed:
 class Listener(Protocol):
     """What a run tells while it goes on; `progress` comes once per committed shard, with that shard's numbers."""
 
-    def planned(self, planned: Planned, plans: list[tuple[Plan, list[Shard]]]) -> None: ...
+    def planned(self, planned: Planned, plans: list[tuple[Plan, Shards]]) -> None: ...
 
-    def redoing(self, plans: list[tuple[Plan, list[Shard]]], num_rows: int) -> None: ...
+    def redoing(self, plans: list[tuple[Plan, Shards]], num_rows: int) -> None: ...
 
     def started(self) -> None: ...
 
@@ -128,8 +147,9 @@ def run(
     takeover: bool = False,
     address: str | None = None,
     listener: Listener | None = None,
+    grace_s: float | None = None,
 ) -> Summary:
-    """Plan, do what is left, count.
+    """Plan, do what is left, count. `grace_s` after Ctrl-C or SIGTERM what is still in flight is abandoned.
 
     Raises:
         LdmError: any of its kinds; whatever was committed before stays, and the same call does the rest.
@@ -140,13 +160,12 @@ def run(
         todo = [(p, shards) for p in planned.plans if (shards := unfinished(store, p))]
         if join:
             # Another run walks the same lists from the front; where both meet, `load_shard` sees what is done.
-            for _, shards in todo:
-                random.shuffle(shards)
+            todo = [(p, shards.take(np.random.default_rng().permutation(len(shards)))) for p, shards in todo]
         if listener:
             listener.planned(planned, todo)
         return Work(todo, {}, planned.models, planned.adapters, planned.num_duplicates, planned.num_gone)
 
-    return _alone(job, prepare, join, takeover, address, listener)
+    return _alone(job, prepare, join, takeover, address, listener, grace_s)
 
 
 def redo(
@@ -154,6 +173,7 @@ def redo(
     choose: Callable[[Store, list[Plan]], Rows],
     address: str | None = None,
     listener: Listener | None = None,
+    grace_s: float | None = None,
 ) -> Summary:
     """Make rows again that are in the manifest already, as they were planned, and put new parts in the old one's place.
 
@@ -172,8 +192,8 @@ def redo(
         if not plans:
             raise NotWhole(f"{store.url} holds no plan of ldm-batch; `ldm-batch run` makes one")
         rows = choose(store, plans)
-        shards = [(p, [shard for shard in p.shards if (p.plan_id, shard.index) in rows]) for p in plans]
-        todo = [(p, some) for p, some in shards if some]
+        asked = {p.plan_id: [shard for plan_id, shard in rows if plan_id == p.plan_id] for p in plans}
+        todo = [(p, some) for p in plans if (some := p.shards.only(asked[p.plan_id]))]
         if todo:
             store.delete("_SUCCESS")
             store.delete(manifest.METADATA_JSONL)
@@ -182,7 +202,7 @@ def redo(
             listener.redoing(todo, sum(all_of[at] if keys is None else len(keys) for at, keys in rows.items()))
         return Work(todo, rows)
 
-    return _alone(job, prepare, False, False, address, listener)
+    return _alone(job, prepare, False, False, address, listener, grace_s)
 
 
 def _alone(
@@ -192,6 +212,7 @@ def _alone(
     takeover: bool,
     address: str | None,
     listener: Listener | None,
+    grace_s: float | None,
 ) -> Summary:
     """Do what `prepare` finds, unless another run is at it."""
     store = Store(job.sink.path, job.sink.storage_options)
@@ -200,30 +221,40 @@ def _alone(
     with heartbeat.Heartbeat(store, run_id):
         try:
             heartbeat.refuse_if_alive(store, run_id, join, takeover)
-            summary = _run(job, store, run_id, prepare(store), join, address, listener)
+            summary = _run(job, store, run_id, prepare(store), join, address, listener, grace_s)
         except BaseException as error:
-            _end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
+            heartbeat.end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
             raise
-        _end(store, run_id, asdict(summary))
+        heartbeat.end(store, run_id, asdict(summary))
     return summary
 
 
 def _run(
-    job: Job, store: Store, run_id: str, work: Work, join: bool, address: str | None, listener: Listener | None
+    job: Job,
+    store: Store,
+    run_id: str,
+    work: Work,
+    join: bool,
+    address: str | None,
+    listener: Listener | None,
+    grace_s: float | None,
 ) -> Summary:
     start = time.monotonic()
-    receipts: list[dict[str, Any]] = []
-    failed = Failed(job.max_failed, sum(shard.num_rows for _, shards in work.todo for shard in shards))
+    done = Done()
+    failed = Failed(job.max_failed, sum(int(shards.num_rows.sum()) for _, shards in work.todo))
     code = EXIT_OK
     if work.todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
         # Ray first: it takes over SIGTERM when it starts.
-        with ray_cluster(address), stop_on_signals(store, run_id, listener.stopping if listener else None) as stopped:
+        on_stop = listener.stopping if listener else None
+        with ray_cluster(address), stop_on_signals(store, run_id, on_stop, grace_s) as stopped:
             refuse_local_sink(store, job.sink.path)
-            for one, shards in work.todo:
+            for one, wave in ((p, wave) for p, shards in work.todo for wave in shards.waves(WAVE)):
                 if stopped:
                     break
-                receipts.extend(_execute(store, run_id, job, work, one, shards, join, listener, failed))
+                for receipt in _execute(store, run_id, job, work, one, wave, join, listener):
+                    done.add(receipt)
+                    failed.add(receipt)
             code = stopped[0] if stopped else EXIT_OK
         if not stopped and store.read(heartbeat.stop_path(run_id)) is not None:
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
@@ -234,8 +265,6 @@ def _run(
             write_metadata(store)
         write_success(store, totals)
         code = EXIT_DEAD_LETTERS if totals.num_failed else EXIT_OK
-    mine = [r for r in receipts if r["outcome"] == "mine"]
-    rows = sum(r["num_ok"] + r["num_failed"] + r["num_filtered"] for r in mine)
     duration = time.monotonic() - start
     return Summary(
         run_id=run_id,
@@ -243,10 +272,10 @@ def _run(
         exit_code=code,
         num_duplicates=work.num_duplicates,
         num_gone=work.num_gone,
-        num_new_rows=rows,
+        num_new_rows=done.num_rows,
         duration_s=round(duration, 3),
-        rows_per_s=round(rows / duration, 3) if rows else 0.0,
-        first_error=next((r["first_error"] for r in receipts if r["first_error"]), None),
+        rows_per_s=round(done.num_rows / duration, 3) if done.num_rows else 0.0,
+        first_error=done.first_error,
         totals=totals,
     )
 
@@ -257,10 +286,9 @@ def _execute(
     job: Job,
     work: Work,
     plan: Plan,
-    todo: list[Shard],
+    todo: Shards,
     join: bool,
     listener: Listener | None,
-    failed: Failed,
 ) -> Iterator[dict[str, Any]]:
     # An output that was extended holds plans of older versions of the job; each is finished as it was begun.
     own = Job.model_validate(plan.job)
@@ -273,7 +301,13 @@ def _execute(
     stop_path = heartbeat.stop_path(run_id)
     stages = []
     for i, (stage, (weights, facts)) in enumerate(zip(own.stages, models, strict=True)):
-        place = Place(stage, i, i == len(own.stages) - 1, image_loader(stage, facts, job.source), adapters[i])
+        place = Place(
+            stage,
+            i,
+            i == len(own.stages) - 1,
+            image_loader(stage, facts, job.source, adapters[i].size_multiple),
+            adapters[i],
+        )
         op = stage.bare()
         if not pools[i].num_gpus and op.device == "auto":
             # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
@@ -302,7 +336,7 @@ def _execute(
     )
     if listener:
         listener.started()
-    cost = {shard.index: shard.cost for shard in todo}
+    cost = dict(zip(todo.indices.tolist(), todo.cost.tolist(), strict=True))
     try:
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for receipt in batch.to_pylist():
@@ -310,7 +344,6 @@ def _execute(
                 if listener:
                     rows = receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
-                failed.add(receipt)
     except Exception as error:
         raise plain_error(error) from error
 
@@ -365,7 +398,7 @@ def refuse_local_images(store: Store, shard: Shard) -> None:
 
 def dataset(
     store: Store,
-    todo: list[Shard],
+    todo: Shards,
     redo: Rows,
     stages: list[tuple[Fit, tuple[Any, ...]]],
     writer: ShardWriter,
@@ -428,7 +461,3 @@ def _environment() -> dict[str, Any]:
 
     packages = ("ldm-batch", "ray", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
     return {"python": platform.python_version(), "platform": platform.platform(), **{p: version(p) for p in packages}}
-
-
-def _end(store: Store, run_id: str, body: dict[str, Any]) -> None:
-    store.write(f"{heartbeat.RUNS}/{run_id}/ended.json", json.dumps(body, default=str).encode())

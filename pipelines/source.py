@@ -81,6 +81,26 @@ def read_source(source: Source, with_images: bool = True) -> Iterator[Chunk]:
         yield from _read_file(uri, source)
 
 
+def table_files(source: Source) -> list[str] | None:
+    """The files that hold all that `read_source` tells of the rows; None where there are others.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    if source.rows is not None:
+        return []
+    paths = [source.path] if isinstance(source.path, str) else source.path or []
+    files = [uri for path in paths for uri in expand(path, source.storage_options)]
+    kinds = {FORMATS.get(_suffix(uri)) if source.format == "auto" else source.format for uri in files}
+    return files if kinds <= {"csv", "tsv", "jsonl", "parquet", "text"} else None
+
+
+def _suffix(uri: str) -> str:
+    # A compressed table keeps its own ending: prompts.csv.gz.
+    suffixes = PurePosixPath(urlsplit(uri).path if "://" in uri else uri).suffixes
+    return next((s.lower() for s in reversed(suffixes) if s not in (".gz", ".bz2", ".xz")), "")
+
+
 def _read_file(uri: str, source: Source) -> Iterator[Chunk]:
     base = uri.rpartition("/")[0] if "/" in uri else ""
     for chunk in _read_table(uri, source):
@@ -91,13 +111,7 @@ def _read_file(uri: str, source: Source) -> Iterator[Chunk]:
 def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
     kind = source.format
     if kind == "auto":
-        # A compressed table keeps its own ending: prompts.csv.gz.
-        suffixes = [
-            s
-            for s in PurePosixPath(urlsplit(uri).path if "://" in uri else uri).suffixes
-            if s not in (".gz", ".bz2", ".xz")
-        ]
-        suffix = suffixes[-1].lower() if suffixes else ""
+        suffix = _suffix(uri)
         if suffix not in FORMATS:
             if is_local(uri) and not os.path.exists(uri.removeprefix("file://")):  # noqa: PTH110 - as in holds_images
                 raise JobError(f"source.path {uri}: no such file or folder")

@@ -183,9 +183,14 @@ class Adapted(BaseModel):
         None, min_length=1, description="of rows that bring none: a name in loras, a safetensors file, 'a + b', or none"
     )
     lora_scale: float = Field(1.0, ge=-10, le=10, description="of rows that bring none")
-    controlnet: AnyReference | None = Field(None, description="a ControlNetModel; each row brings a control_image")
+    controlnet: AnyReference | None = Field(
+        None, description="a ControlNetModel, or in txt2img a T2IAdapter; each row brings a control_image"
+    )
     controlnet_conditioning_scale: float | None = Field(
-        None, ge=0, le=10, description="weight of the ControlNet, of rows that bring none; 1.0 if left out"
+        None,
+        ge=0,
+        le=10,
+        description="weight of the ControlNet or T2IAdapter, of rows that bring none; 1.0 if left out",
     )
 
     @model_validator(mode="after")

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from pipelines import heartbeat, manifest
 from pipelines.errors import NotWhole
-from pipelines.plans import Plan, Shard, read_plans
+from pipelines.plans import Plan, read_plans
+from pipelines.shards import Shards
 from pipelines.storage import ObjectStore, Store
 
 COUNTED = ("key", "sha256", "status", "num_bytes", "error_type")
@@ -37,10 +38,9 @@ class Totals:
         return self.num_ok + self.num_failed + self.num_filtered
 
 
-def unfinished(store: ObjectStore, plan: Plan) -> list[Shard]:
+def unfinished(store: ObjectStore, plan: Plan) -> Shards:
     """The plan's shards that have no part yet, in the plan's order."""
-    done = manifest.committed_shards(store, plan.plan_id)
-    return [shard for shard in plan.shards if shard.index not in done]
+    return plan.shards.without(manifest.committed_shards(store, plan.plan_id))
 
 
 class Counting:
@@ -76,24 +76,26 @@ def count(store: ObjectStore, plans: list[Plan]) -> Totals:
         NotWhole: a part that no plan knows, or one whose rows are not the planned ones.
     """
     counting = Counting(plans)
-    there = set(manifest.part_names(store))
+    there = manifest.part_names(store)
     # Another run may have added a plan since these were read.
-    if not there <= _planned(plans).keys() and (strays := there - _planned(read_plans(store)).keys()):
+    if unplanned(plans, there) and (strays := unplanned(read_plans(store), there)):
         raise NotWhole(f"{store.uri(min(strays))}: no plan names this part; move it away and run again")
-    for one in plans:
-        wanted = _planned([one])
-        for path, head, part in manifest.read_parts(store, there & wanted.keys()):
-            if head.keys_digest != wanted[path].keys_digest:
-                raise NotWhole(
-                    f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again"
-                )
-            counting.add(head, manifest.read_part(part, COUNTED))
+    shards = {plan.plan_id: plan.shards for plan in plans}
+    names = (name for name in there if name.split("/")[1] in shards)
+    for path, head, part in manifest.read_parts(store, names):
+        place = manifest.part_place(path)
+        assert place is not None
+        if head.keys_digest != shards[place[0]][place[1]].keys_digest:
+            raise NotWhole(f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again")
+        counting.add(head, manifest.read_part(part, COUNTED))
     return counting.totals()
 
 
-def _planned(plans: list[Plan]) -> dict[str, Shard]:
-    """Where the part of each planned shard stands."""
-    return {manifest.part_path(plan.plan_id, shard.index): shard for plan in plans for shard in plan.shards}
+def unplanned(plans: list[Plan], names: list[str]) -> list[str]:
+    """The parts of these that no plan names."""
+    num_shards = {plan.plan_id: len(plan.shards) for plan in plans}
+    places = ((name, manifest.part_place(name)) for name in names)
+    return [name for name, place in places if place is None or place[1] >= num_shards.get(place[0], 0)]
 
 
 def write_success(store: ObjectStore, totals: Totals) -> None:

@@ -25,11 +25,12 @@ from pipelines.inputs import BadImage
 from pipelines.job import Job
 from pipelines.latents_file import NotLatents, as_array, read_latents
 from pipelines.loading import image_loader
-from pipelines.plans import Plan, Shard, read_plans, read_shard
+from pipelines.plans import Plan, read_plans, read_shard
 from pipelines.regenerate import Regenerated, regenerated
+from pipelines.shards import Shard
 from pipelines.stages import EncodeStage
 from pipelines.storage import Info, Store
-from pipelines.totals import Counting, Totals
+from pipelines.totals import Counting, Totals, unplanned
 from pipelines.weights import fetch, identify
 
 MAX_FAULTS = 20
@@ -143,10 +144,8 @@ def verify(
                         to_decode.offer(row["key"], (plan, shard, row))
     for plan, _, row in to_read.drawn():
         _read_files(store, plan, [row], report)
-    planned = {manifest.part_path(plan.plan_id, shard.index) for plan in plans for shard in plan.shards}
-    for name in manifest.part_names(store):
-        if name not in planned:
-            report.fault(f"{name}: no plan names this part")
+    for name in unplanned(plans, manifest.part_names(store)):
+        report.fault(f"{name}: no plan names this part")
     report.totals = counting.totals()
     _check_success(store, report)
     if decode:

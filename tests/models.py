@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -87,13 +88,16 @@ def vae(**config: object) -> AutoencoderKL:
 def unet(**config: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=2,
-        **{"cross_attention_dim": WIDTH, **config},
+        **{
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": WIDTH,
+            **config,
+        },
     )
 
 
@@ -281,6 +285,27 @@ def save_controlnet(model: UNet2DConditionModel, folder: Path, seed: int = 0) ->
             torch.nn.init.normal_(weight, std=0.2)
     controlnet.save_pretrained(folder)
     return folder
+
+
+def save_t2i_adapter(folder: Path, kind: str = "full_adapter", in_channels: int = 3, **config: object) -> Path:
+    """A random T2I-Adapter for `tiny_attentive`, or with `full_adapter_xl` for `tiny_sdxl`."""
+    torch.manual_seed(5)
+    values = {"channels": [16, 32], "num_res_blocks": 1, "downscale_factor": 16 if kind.endswith("xl") else 8, **config}
+    adapter = T2IAdapter(in_channels=in_channels, adapter_type=kind, **values)
+    for weight in adapter.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def tiny_attentive() -> StableDiffusionPipeline:
+    """`tiny_stable_diffusion` whose first block has attention, as that of Stable Diffusion 1 and 2."""
+    pipe = tiny_stable_diffusion()
+    torch.manual_seed(2)
+    attentive = unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
+    )
+    return StableDiffusionPipeline(**{**pipe.components, "unet": attentive}, requires_safety_checker=False)
 
 
 def save_embedding(folder: Path, token: str, vectors: int = 1, seed: int = 0, width: int = WIDTH) -> Path:

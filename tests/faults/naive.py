@@ -7,7 +7,8 @@ from typing import Any
 
 from pipelines import manifest
 from pipelines.errors import NotWhole
-from pipelines.plans import Plan, Shard, read_plans
+from pipelines.plans import Plan, read_plans
+from pipelines.shards import Shard
 from pipelines.storage import Exists
 from tests.faults.simulation import OURS, Protocol
 

@@ -28,7 +28,8 @@ from pipelines.commit import commit_shard, content_name
 from pipelines.errors import NotWhole, StorageError
 from pipelines.gc import collect
 from pipelines.heartbeat import present_s
-from pipelines.plans import Plan, Shard, add_plan, read_plans
+from pipelines.plans import Plan, add_plan, read_plans
+from pipelines.shards import Shard, Shards
 from pipelines.storage import Exists, Info
 from pipelines.totals import count, unfinished, write_success
 
@@ -345,18 +346,9 @@ def check(objects: dict[str, tuple[bytes, float]]) -> set[str]:
 @lru_cache(None)
 def plan_of(keys: tuple[str, ...]) -> Plan:
     plan_id = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
-    shards = tuple(
-        Shard(
-            plan_id=plan_id,
-            index=i,
-            file=f"_ldm/plans/{plan_id}/rows-00000.parquet",
-            row_group=i,
-            num_rows=ROWS_PER_SHARD,
-            keys_digest=manifest.keys_digest(keys[i * ROWS_PER_SHARD : (i + 1) * ROWS_PER_SHARD]),
-            cost=1.0,
-        )
-        for i in range(len(keys) // ROWS_PER_SHARD)
-    )
+    each = [keys[i : i + ROWS_PER_SHARD] for i in range(0, len(keys), ROWS_PER_SHARD)]
+    digests = "".join(manifest.keys_digest(some) for some in each)
+    shards = Shards.all_of(plan_id, [ROWS_PER_SHARD] * len(each), [1.0] * len(each), digests)
     return Plan(plan_id, {}, {"keys": list(keys)}, 1, 1, 1, len(keys), len(keys), 0, "", "", shards)
 
 

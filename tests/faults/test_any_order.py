@@ -24,7 +24,8 @@ from pipelines.commit import commit_shard
 from pipelines.errors import NotWhole
 from pipelines.gc import collect
 from pipelines.heartbeat import present_s
-from pipelines.plans import Plan, Shard, read_plans
+from pipelines.plans import Plan, read_plans
+from pipelines.shards import Shard
 from pipelines.storage import Exists, Info, ObjectStore, Store
 from pipelines.totals import count, unfinished, write_success
 from tests.faults.simulation import (

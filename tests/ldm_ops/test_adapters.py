@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, T2IAdapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -327,6 +327,49 @@ def test_a_controlnet_gives_what_diffusers_gives_in_every_op(
     assert same(op.run(op.load(folder, adapters), rows), expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "channels"),
+    [("sd", "full_adapter", 3), ("sd", "light_adapter", 1), ("sdxl", "full_adapter_xl", 3)],
+)
+def test_a_t2i_adapter_gives_what_diffusers_gives(family: str, kind: str, channels: int, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (models.tiny_attentive() if family == "sd" else models.tiny_sdxl()).save_pretrained(folder)
+    place = models.save_t2i_adapter(tmp_path / "adapter", kind, channels)
+    check_controlnet(place, folder, "txt2img")
+    maps = [picture(seed=8), picture(seed=9)]
+    shown = [Image.fromarray(one).convert("L" if channels == 1 else "RGB") for one in maps]
+    name = "StableDiffusionAdapterPipeline" if family == "sd" else "StableDiffusionXLAdapterPipeline"
+    pipe = plain(folder, name, adapter=T2IAdapter.from_pretrained(place))
+    expected = by_hand(pipe, [row()["prompt"]] * 2, [3, 4], image=shown, adapter_conditioning_scale=0.8, **SIZE)
+
+    op = Txt2Img(model="x")
+    model = op.load(folder, Adapters(controlnet=(place, None)))
+    control = [{"control_image": one, "controlnet_conditioning_scale": 0.8} for one in maps]
+    rows = [row(seed=seed, **one) for seed, one in zip((3, 4), control, strict=True)]
+    assert same(op.run(model, rows), expected)
+    assert np.array_equal(op.run(model, rows[::-1])[1]["image"], expected[0])
+    assert not same(op.run(model, [{**r, "controlnet_conditioning_scale": 0.0} for r in rows]), expected)
+    negative = [{**r, "negative_prompt": "a star"} for r in rows]
+    assert not same(op.run(model, negative), expected)
+
+
+def test_a_t2i_adapter_of_another_model_or_for_another_op_is_refused(
+    tiny_model: Path, tmp_path: Path, files: dict[str, Path]
+) -> None:
+    models.tiny_attentive().save_pretrained(tmp_path / "sd")
+    models.tiny_sd3().save_pretrained(tmp_path / "sd3")
+    adapter = models.save_t2i_adapter(tmp_path / "adapter")
+    with pytest.raises(Unfit, match="is a T2IAdapter, which img2img does not take"):
+        check_controlnet(adapter, tmp_path / "sd", "img2img")
+    with pytest.raises(Unfit, match="the model is a StableDiffusion3Pipeline"):
+        check_controlnet(adapter, tmp_path / "sd3", "txt2img")
+    with pytest.raises(Unfit, match="adapter_type is full_adapter, the model's U-Net begins with a DownBlock2D"):
+        check_controlnet(adapter, tiny_model, "txt2img")
+    wide = models.save_t2i_adapter(tmp_path / "wide", channels=[32, 64])
+    with pytest.raises(Unfit, match=r"channels is \[32, 64\], the model's U-Net has \[16, 32\]"):
+        check_controlnet(wide, tmp_path / "sd", "txt2img")
+
+
 def test_an_inpainting_model_takes_a_controlnet(tmp_path: Path, files: dict[str, Path]) -> None:
     models.tiny_inpainting().save_pretrained(tmp_path)
     check_controlnet(files["controlnet"], tmp_path, "inpaint")
@@ -349,5 +392,5 @@ def test_a_controlnet_of_another_model_is_refused(tiny_model: Path, tmp_path: Pa
         check_controlnet(files["controlnet"], tmp_path / "xl", "txt2img")
     with pytest.raises(Unfit, match="the model is a StableDiffusion3Pipeline"):
         check_controlnet(files["controlnet"], tmp_path / "sd3", "txt2img")
-    with pytest.raises(Unfit, match="a ControlNetModel is needed"):
+    with pytest.raises(Unfit, match="a ControlNetModel or a T2IAdapter is needed"):
         check_controlnet(files["vae"], tiny_model, "txt2img")

@@ -13,7 +13,13 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import (
+    AutoPipelineForText2Image,
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
+    T2IAdapter,
+)
 from PIL import Image
 
 from ldm_ops.adapters import Adapters
@@ -47,6 +53,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "xl": models.save_lora(models.tiny_sdxl(), folder / "xl", 3),
         "vae": models.save_vae(folder / "vae"),
         "controlnet": models.save_controlnet(models.tiny_stable_diffusion().unet, folder / "controlnet"),
+        "t2i": models.save_t2i_adapter(folder / "t2i"),
+        "t2i_xl": models.save_t2i_adapter(folder / "t2i_xl", "full_adapter_xl"),
         "token": models.save_embedding(folder / "token", "<blob>"),
         "maps": folder,
     }
@@ -261,8 +269,14 @@ def test_other_adapters_on_the_same_output_are_another_job(
         ({"textual_inversion": ["{ink}"]}, "stages.0.textual_inversion.0: {ink} holds"),
         ({"textual_inversion": ["{token}", "{token}"]}, "each needs one of its own"),
         ({"textual_inversion": ["x.bin"]}, "pickled"),
-        ({"controlnet": "{vae}"}, "a ControlNetModel is needed"),
+        ({"controlnet": "{vae}"}, "a ControlNetModel or a T2IAdapter is needed"),
         ({"controlnet": "{controlnet}"}, "no column 'control_image'"),
+        ({"controlnet": "{t2i}"}, "stages.0.controlnet: {t2i} is for another model: adapter_type is full_adapter,"),
+        (
+            {"controlnet": "{t2i_xl}", "save_intermediates": 1},
+            "is a T2IAdapter, whose pipelines show no step; leave save_intermediates out",
+        ),
+        ({"op": "img2img", "controlnet": "{t2i_xl}"}, "is a T2IAdapter, which img2img does not take"),
         ({"controlnet_conditioning_scale": 0.5}, "without a controlnet"),
         ({"resize": "fit"}, "there is no controlnet"),
     ],
@@ -281,6 +295,33 @@ def test_what_cannot_work_is_refused_before_anything_runs(
         check(make_job(filled(stage)))
     assert message.format(**files) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_t2i_adapter_stands_where_a_controlnet_does(make_job: Make, files: dict[str, Path], tmp_path: Path) -> None:
+    models.save_sdxl(tmp_path / "xl")
+    table = files["maps"] / "t2i.csv"
+    table.write_text("seed,control_image,controlnet_conditioning_scale\n0,map0.png,\n1,map1.png,0.5\n")
+    stage = {"model": str(tmp_path / "xl"), "controlnet": str(files["t2i_xl"]), "prompt": "a red ring"}
+    summary = run(make_job({**stage, "guidance_scale": 3.0}, source={"path": str(table)}))
+    assert summary.exit_code == 0
+    adapter = T2IAdapter.from_pretrained(files["t2i_xl"])
+    pipe = StableDiffusionXLAdapterPipeline.from_pretrained(tmp_path / "xl", adapter=adapter, use_safetensors=True)
+    for row in reader.rows(tmp_path / "out"):
+        image = pipe(
+            ["a red ring"] * 2,
+            image=[Image.open(row["control_image"])] * 2,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            adapter_conditioning_scale={0: 1.0, 1: 0.5}[row["seed"]],
+            generator=[torch.Generator().manual_seed(row["seed"]) for _ in range(2)],
+            height=row["height"],
+            width=row["width"],
+        ).images[0]
+        assert np.array_equal(pixels(tmp_path / "out", row), np.asarray(image))
+        assert [one["kind"] for one in row["stages"][0]["adapters"]] == ["controlnet"]
+    with pytest.raises(JobError, match="height 40 is not a multiple of 16; use 32 or 48"):
+        check(make_job({**stage, "height": 40}, source={"path": str(table)}))
 
 
 def test_a_control_image_without_a_controlnet_is_refused(make_job: Make) -> None:

@@ -123,9 +123,9 @@ def test_wrong_s3_credentials_fail_within_ten_seconds_with_the_fix(
     assert len(ran.stderr.splitlines()) == 1
 
 
-def start(path: Path) -> subprocess.Popen[str]:
+def start(path: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "run", str(path)],
+        [sys.executable, "-m", "pipelines", "run", str(path), *options],
         cwd=ROOT,
         env=dict(os.environ),
         stdout=subprocess.PIPE,
@@ -192,6 +192,16 @@ def test_a_killed_run_resumes_and_a_second_interrupt_is_immediate(
     interrupted.communicate(timeout=30)
     assert interrupted.returncode == 130
     assert time.monotonic() - at < 3
+    hurried = start(path, "--grace", "0.1")
+    wait_for_a_part(tmp_path / "out", hurried)
+    hurried.send_signal(signal.SIGTERM)
+    at = time.monotonic()
+    hurried.communicate(timeout=30)
+    assert hurried.returncode == 143
+    assert time.monotonic() - at < 5
+    assert len(reader.rows(tmp_path / "out")) < 40
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "out/_ldm/runs").glob("*/ended.json")]
+    assert sum("abandoned" in run.get("error", "") for run in runs) == 1
     resumed = ldm_batch("run", path)
     assert resumed.returncode == 0, resumed.stderr
     assert len(reader.rows(tmp_path / "out")) == 40

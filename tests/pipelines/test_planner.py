@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -430,3 +431,46 @@ def test_columns_that_pass_through_keep_their_names_and_types(make_job: MakeJob)
     plan(make_job(source={"rows": [both]}))
     row = planned_rows(check(make_job(source={"rows": [both]})))[0]
     assert (row["input.input.status"], row["input.status"], row["input.image"], row["empty"]) == (1, 2, 3, "{}")
+
+
+def test_a_table_that_stays_as_it_was_is_not_read_again(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt,seed\na ring,1\na ring,1\na star,2\n")
+    job = make_job(source={"path": str(table)})
+    first = plan(job)
+    numbers = ("num_source_rows", "num_pictures", "num_duplicates", "num_rows", "num_wrong", "num_gone", "num_shards")
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr("pipelines.planner.read_source", lambda *_: pytest.fail("the rows were read"))
+        again = plan(job.model_copy(update={"max_failed": None}))
+    assert [getattr(again, name) for name in numbers] == [getattr(first, name) for name in numbers]
+    assert (again.new, again.num_known) == (None, 2)
+    assert again.plans == first.plans
+
+    table.write_text("prompt,seed\na ring,1\na ring,1\na moon,2\n")
+    other = plan(job)
+    assert (other.num_known, other.num_gone, other.new is not None) == (1, 1, True)
+    # As it was once: all known, and the row that came meanwhile is not of this table.
+    table.write_text("prompt,seed\na ring,1\na ring,1\na star,2\n")
+    back = plan(job)
+    assert (back.new, back.num_known, back.num_gone) == (None, 2, 1)
+
+
+def test_a_table_is_read_again_where_its_files_may_have_changed_or_its_plan_is_gone(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(picture)
+    table = tmp_path / "images.csv"
+    table.write_text("image,prompt\na.png,a ring\n")
+    job = make_job({"op": "img2img", "num_inference_steps": 4}, source={"path": str(table)})
+    assert [plan(job).num_known for _ in range(2)] == [0, 1]
+    Image.new("RGB", (64, 64), "blue").save(picture)
+    assert plan(job).num_known == 0
+
+    job = make_job(source={"rows": ["a ring"]}, sink=str(tmp_path / "other"))
+    plan(job)
+    shutil.rmtree(tmp_path / "other/_ldm/plans" / plan(job).plans[0].plan_id)
+    (tmp_path / "other/_ldm/plans/0001.json").unlink()
+    assert plan(job).new is not None

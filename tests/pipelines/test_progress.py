@@ -22,7 +22,7 @@ def progress(request: pytest.FixtureRequest, make_job: Callable[..., Job]) -> Pr
     planned = check(make_job(source={"rows": [f"p{i}" for i in range(8)] + ["p0"]}))
     progress = Progress(request.param())
     assert planned.new is not None
-    progress.planned(planned, [(planned.new, list(planned.new.shards))])
+    progress.planned(planned, [(planned.new, planned.new.shards)])
     progress.started()
     for shard in planned.new.shards:
         progress.progress(shard.num_rows, 0, shard.cost)
