@@ -11,12 +11,12 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Literal
 
 from pipelines.errors import NotWhole, StorageError
-from pipelines.storage import Exists, ObjectStore
+from pipelines.storage import PATIENCE_S, WAIT_S, Exists, ObjectStore
 
-ATTEMPTS = 8
 Outcome = Literal["mine", "theirs"]
 
 
@@ -66,14 +66,15 @@ def commit(
 
     Raises:
         NotWhole: something that is no part stands at `path`.
-        StorageError: the store refuses, or stays silent for all tries.
+        StorageError: the store refuses, or takes none of all tries.
     """
-    last: Exception | None = None
-    for n in range(ATTEMPTS):
+    # Time that was waited, not the clock's: what the tries themselves took is the store's own patience.
+    waited_s = 0.0
+    for n in count():
         try:
             store.create(path, part)
         except (Exists, OSError) as error:
-            last = error
+            last: Exception = error
         else:
             return "mine"
         standing = store.read(path)
@@ -82,5 +83,9 @@ def commit(
             if owner is None:
                 raise NotWhole(f"{path} is not a part of this plan (cut off or foreign); move it away and run again")
             return "mine" if owner == attempt else "theirs"
-        sleep(random.uniform(0, min(10.0, 0.2 * 2**n)))
-    raise StorageError(f"{path}: could not be committed in {ATTEMPTS} tries ({last}); run the same command again")
+        if waited_s > PATIENCE_S:
+            raise StorageError(f"{path}: could not be committed in {n + 1} tries ({last}); run the same command again")
+        wait_s = random.uniform(0, min(WAIT_S, 0.2 * 2**n))
+        waited_s += wait_s
+        sleep(wait_s)
+    raise AssertionError("count() has no end")

@@ -112,7 +112,12 @@ def _listing(store: Store, path: str) -> tuple[Verdict, str]:
 
 
 def _create(store: Store, path: str) -> tuple[Verdict, str]:
-    store.create(path, b"first")
+    try:
+        store.create(path, b"first")
+    except (Exists, StorageError) as error:
+        return "broken", f"refused where there is nothing ({error})"
+    except OSError as error:
+        return "weak", f"answered with an error where there is nothing ({error}); run doctor again"
     try:
         store.create(path, b"second")
     except Exists:
@@ -125,15 +130,14 @@ def _create(store: Store, path: str) -> tuple[Verdict, str]:
 
 
 def _race(store: Store, path: str) -> tuple[Verdict, str]:
-    stores = [Store(store.url, store.storage_options) for _ in range(WRITERS)]
     barrier = Barrier(WRITERS)
 
     def write(at: tuple[int, int]) -> bool:
         round_, writer = at
         barrier.wait()
         try:
-            stores[writer].create(f"{path}/{round_}", f"{writer}".encode())
-        except (Exists, OSError):
+            store.create(f"{path}/{round_}", f"{writer}".encode())
+        except (Exists, OSError, StorageError):
             return False
         return True
 
@@ -173,7 +177,7 @@ def _multipart(store: Store, path: str) -> tuple[Verdict, str]:
         call("upload_part", **where, UploadId=upload, PartNumber=1, Body=b"x" * 1024)
         call("abort_multipart_upload", **where, UploadId=upload)
     except Exception as error:  # noqa: BLE001 - botocore makes its classes at run time
-        return "weak", f"no multipart upload can be begun and given up ({str(error)[:120]}); needed from 5 GB on"
+        return "weak", f"no multipart upload can be begun and given up ({str(error)[:120]}); needed above 100 MB"
     left = store.read(path)
     return ("ok", "an upload that is given up leaves nothing") if left is None else ("broken", "left an object behind")
 

@@ -25,7 +25,7 @@ refused to keep both away.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,20 @@ from pipelines import heartbeat, manifest
 from pipelines.errors import NotWhole, RunAlive
 from pipelines.plans import read_plans
 from pipelines.storage import ObjectStore, Store
+from pipelines.uploads import give_up, unfinished_uploads
 
 OLDER_THAN_S = 24 * 3600.0
 _DATA = ("images", "data", "thumbnails", "intermediates")
+_OUR_FOLDERS = (f"{manifest.FOLDER}/", "_ldm/")
 _OURS = re.compile(rf"(?:{'|'.join(_DATA)})/(\d{{6,}})(?:/.+)?-[0-9a-f]{{12}}\.[a-z0-9]+", re.DOTALL)
 
 
 @dataclass
 class Garbage:
-    """Files that no part names, and their bytes: `deleted` (or would be), too `young`, or of shards `not_done`."""
+    """Files that no part names, and their bytes: `deleted` (or would be), too `young`, or of shards `not_done`.
+
+    `uploads` were begun and never ended, and are given up (or would be).
+    """
 
     output: str
     dry_run: bool
@@ -51,6 +56,8 @@ class Garbage:
     num_bytes_young: int = 0
     num_not_done: int = 0
     num_bytes_not_done: int = 0
+    num_uploads: int = 0
+    num_bytes_uploads: int = 0
 
     def add(self, kind: str, num_bytes: int) -> None:
         setattr(self, f"num_{kind}", getattr(self, f"num_{kind}") + 1)
@@ -63,7 +70,7 @@ def gc(
     older_than_s: float = OLDER_THAN_S,
     dry_run: bool = False,
 ) -> Garbage:
-    """Delete files that no part names.
+    """Delete files that no part names, and give up uploads that were never ended.
 
     Raises:
         RunAlive: a run works on the output; with who and where.
@@ -79,7 +86,20 @@ def gc(
     garbage = collect(store, now_s, older_than_s, dry_run)
     for kind, num_bytes in _sweep(store, store.leftovers(), now_s - older_than_s, dry_run):
         garbage.add(kind, num_bytes)
+    for kind, num_bytes in _give_up(store, now_s - older_than_s, dry_run):
+        garbage.add(kind, num_bytes)
     return garbage
+
+
+def _give_up(store: Store, before_s: float, dry_run: bool) -> Iterator[tuple[str, int]]:
+    # No part names what is not there yet: an upload that somebody still works on is sent again at worst.
+    for upload in unfinished_uploads(store):
+        if not (_OURS.fullmatch(upload.path) or upload.path.startswith(_OUR_FOLDERS)):
+            continue
+        old = upload.begun_s < before_s
+        if old and not dry_run:
+            give_up(store, upload)
+        yield "uploads" if old else "young", upload.num_bytes
 
 
 def collect(store: ObjectStore, now_s: float, older_than_s: float, dry_run: bool) -> Garbage:

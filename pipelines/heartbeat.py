@@ -65,7 +65,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         # A connection of its own, so that a beat never waits behind the run's uploads.
-        store = Store(self.store.url, self.store.storage_options)
+        store = Store(self.store.url, self.store.storage_options, reached=True)
         while not self._over.wait(BEAT_S):
             try:
                 store.write(self.path, self.body)

@@ -17,8 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from pipelines import generation_text
 from pipelines.chunk import CHUNK_ROWS, Chunk
 from pipelines.errors import JobError
+from pipelines.listing import list_files
 from pipelines.manifest import SCHEMA, concat, read_tables
-from pipelines.storage import Store, is_local, list_files
+from pipelines.storage import Store, is_local
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 READERS = 16

@@ -196,7 +196,7 @@ class Loader:
 
     def _store(self, where: str) -> tuple[Store, str]:
         root, name = split(where)
-        return self.stores.setdefault(root, Store(root, self.storage_options)), name
+        return self.stores.setdefault(root, Store(root, self.storage_options, reached=True)), name
 
     def fetch(self, where: str, cells: _Cells | None = None) -> bytes:
         """The bytes of one image.

@@ -129,7 +129,7 @@ class LoadShard:
         uri, _, number = where.rpartition("#")
         if uri not in files:
             folder, _, name = uri.rpartition("/")
-            data = Store(folder, self.storage_options).read(name)
+            data = Store(folder, self.storage_options, reached=True).read(name)
             while len(files) >= FILES_HELD:
                 files.pop(next(iter(files)))
             try:

@@ -34,7 +34,7 @@ class OpenFiles:
             # A connection that was opened in another process would not survive the fork.
             self._process = os.getpid()
             self._open = OrderedDict()
-            self.store = Store(self.store.url, self.store.storage_options)
+            self.store = Store(self.store.url, self.store.storage_options, self.store.reached)
         if uri in self._open:
             self._open.move_to_end(uri)
         else:

@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from pipelines.chunk import CHUNK_ROWS, OF_THE_IMAGE, Chunk
 from pipelines.errors import JobError
 from pipelines.image_source import IMAGE_SUFFIXES
+from pipelines.listing import list_files
 from pipelines.pieces import Bytes
-from pipelines.storage import Store, is_local, list_files
+from pipelines.storage import Store, is_local
 
 TEXT_SUFFIXES = frozenset({".txt", ".json"})
 MAX_TEXT_BYTES = 1 << 20

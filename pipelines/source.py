@@ -19,9 +19,10 @@ from pipelines.chunk import CHUNK_ROWS, Chunk
 from pipelines.errors import JobError, LdmError
 from pipelines.image_source import holds_images, list_images, read_earlier, read_parameters
 from pipelines.job import RowName, Source
+from pipelines.listing import expand
 from pipelines.parquet_images import read_parquet
 from pipelines.samples import read_img2dataset, read_tar
-from pipelines.storage import Store, expand, is_local
+from pipelines.storage import Store, is_local
 
 FORMATS = {
     ".csv": "csv",
@@ -144,7 +145,7 @@ def _read_table(uri: str, source: Source) -> Iterator[Chunk]:
     except LdmError:
         raise
     except Exception as error:  # noqa: BLE001 - each codec and each store's client has exceptions of its own
-        refusal = None if is_local(uri) else Store(uri)._refusal(error)
+        refusal = None if is_local(uri) else Store(uri).refusal(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise JobError(f"source.path {uri}: cannot be read ({refusal or reason}); is the copy whole?") from None
 

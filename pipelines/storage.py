@@ -7,34 +7,38 @@ atomic, and need not be (see `commit`).
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import re
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from glob import glob
-from itertools import chain, takewhile
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
-import stamina
-from fsspec.utils import glob_translate
 
-from pipelines.errors import JobError, StorageError
+from pipelines.errors import StorageError
 
 S = TypeVar("S")
 T = TypeVar("T")
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}").fullmatch
-_MAGIC_AT_END = re.compile(r"[^*?\[]+/[^/]+")
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
-ATTEMPTS = 6
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0
+FIRST_PATIENCE_S = 8.0
+WAIT_S = 10.0
+SAY_AFTER_S = 15.0
 IN_FLIGHT = 16
+# A body that was damaged or cut on its way is the fault of the way.
+_ON_THE_WAY = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}
+_log = logging.getLogger("pipelines")
 
 
 class Exists(Exception):
@@ -79,17 +83,22 @@ def is_local(url: str) -> bool:
 
 
 class Store:
-    """One output or input root. Paths are relative, with `/`. Picklable: every process opens its own connection."""
+    """One output or input root. Paths are relative, with `/`. Picklable: every process opens its own connection.
 
-    def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
+    `reached` means that somebody had an answer from there before: silence is then an outage, which is sat out for
+    `PATIENCE_S`; else it is rather a slip in the endpoint, and `FIRST_PATIENCE_S` must do.
+    """
+
+    def __init__(self, url: str, storage_options: dict[str, Any] | None = None, reached: bool = False) -> None:
         self.url = url.rstrip("/") if not is_local(url) else url.removeprefix("file://")
         self.storage_options = dict(storage_options or {})
+        self.reached = reached
         self._fs: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process has another working directory.
         url = str(self.local.absolute()) if self.local is not None else self.url
-        return {"url": url, "storage_options": self.storage_options, "_fs": None}
+        return {"url": url, "storage_options": self.storage_options, "reached": self.reached, "_fs": None}
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -117,7 +126,7 @@ class Store:
             except FileNotFoundError:
                 return None
 
-        return self._patiently(get)
+        return self.patiently(get)
 
     def read_with(self, path: str, reader: Callable[[Any], T]) -> T | None:
         """What `reader` makes of the open object, of which it may take any bytes; None where there is none."""
@@ -129,18 +138,18 @@ class Store:
             except FileNotFoundError:
                 return None
 
-        return self._patiently(read)
+        return self.patiently(read)
 
     def version(self, path: str) -> str | None:
         """A mark of what lies there now, its size with the ETag or the time of change; None where nothing does."""
 
         def look() -> str | None:
             try:
-                return _remote_version(self.filesystem.info(self.uri(path)))
+                return remote_version(self.filesystem.info(self.uri(path)))
             except FileNotFoundError:
                 return None
 
-        return self._patiently(look)
+        return self.patiently(look)
 
     def info(self, path: str) -> Info | None:
         """Size and time of one object, None where there is none."""
@@ -155,7 +164,7 @@ class Store:
             except FileNotFoundError:
                 return None
 
-        return self._patiently(look)
+        return self.patiently(look)
 
     def write(self, path: str, data: bytes) -> None:
         """Put a whole object, replacing what is there. Only for names that follow from the content, and for hints."""
@@ -164,7 +173,7 @@ class Store:
                 written.replace(root / path)
             _fsync_folder((root / path).parent)
             return
-        self._patiently(lambda: self.filesystem.pipe_file(self.uri(path), data))
+        self.patiently(lambda: self.filesystem.pipe_file(self.uri(path), data))
 
     def create(self, path: str, data: bytes) -> None:
         """Put a whole object only where there is none: one request, no retry.
@@ -194,7 +203,10 @@ class Store:
         except Exists:
             raise
         except Exception as error:
-            refusal = self._refusal(error)
+            # s3fs knows AWS's wording of it, not Ceph's.
+            if http_status(error) == 412:
+                raise Exists(path) from None
+            refusal = self.refusal(error)
             if refusal is not None:
                 raise refusal from None
             raise OSError(f"{self.uri(path)}: {error}") from error
@@ -213,7 +225,7 @@ class Store:
             found = self.filesystem.find(self.uri(prefix), detail=True)
             return {name[cut:]: Info(int(i["size"]), _timestamp(i)) for name, i in found.items()}
 
-        return self._patiently(ls)
+        return self.patiently(ls)
 
     def leftovers(self) -> Iterable[str]:
         """Half-written files that dead processes left on a disk; no other store shows any."""
@@ -232,7 +244,7 @@ class Store:
             except FileNotFoundError:
                 pass
 
-        self._patiently(remove)
+        self.patiently(remove)
 
     def each(self, action: Callable[[S], T], items: Iterable[S]) -> Iterable[T]:
         """`action` of every item, some at a time; results in the order of the items."""
@@ -260,6 +272,7 @@ class Store:
                     "connect_timeout": CONNECT_TIMEOUT_S,
                     "read_timeout": READ_TIMEOUT_S,
                     "retries": {"total_max_attempts": 1},
+                    "max_pool_connections": 2 * IN_FLIGHT,
                     **options.pop("config_kwargs", {}),
                 }
                 options = {"config_kwargs": config, **options}
@@ -276,31 +289,44 @@ class Store:
                 self._fs.retries = 1
         return self._fs
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """Run with retries; what the store refuses for good is a StorageError at once."""
-        last: BaseException | None = None
-        try:
-            for attempt in stamina.retry_context(
-                on=_Again, attempts=ATTEMPTS, timeout=PATIENCE_S, wait_initial=0.1, wait_max=10, wait_jitter=0.5
-            ):
-                with attempt:
-                    try:
-                        return action()
-                    except StorageError:
-                        raise
-                    except Exception as error:
-                        refusal = self._refusal(error)
-                        if refusal is not None:
-                            raise refusal from None
-                        last = error
-                        raise _Again from error
-        except _Again:
-            pass
-        raise StorageError(f"{self.url}: no answer after {ATTEMPTS} tries ({last}); check the endpoint and the network")
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Run `action`, again and again while the store is silent or busy; what it refuses for good is said at once.
 
-    def _refusal(self, error: BaseException) -> StorageError | None:
+        Raises:
+            StorageError: it refuses, or has been silent or busy for too long.
+        """
+        begun = time.monotonic()
+        said = False
+        for n in count():
+            try:
+                result = action()
+            except StorageError:
+                raise
+            except Exception as error:  # noqa: BLE001 - botocore makes its classes at run time
+                refusal = self.refusal(error)
+                if refusal is not None:
+                    raise refusal from None
+                last = first_line(error)
+            else:
+                self.reached = True
+                return result
+            # Full jitter: whoever waits for the same store must not come back all at once.
+            wait_s = random.uniform(0, min(WAIT_S, 0.2 * 2**n))
+            silent_s = time.monotonic() - begun
+            patience_s = PATIENCE_S if self.reached else FIRST_PATIENCE_S
+            if silent_s + wait_s > patience_s:
+                break
+            if silent_s > SAY_AFTER_S and not said:
+                said = True
+                _log.warning(
+                    "%s: no answer for %.0f s (%s); tries for %.0f s in all", self.url, silent_s, last, patience_s
+                )
+            time.sleep(wait_s)
+        raise StorageError(f"{self.url}: no answer for {silent_s:.0f} s ({last}); check the endpoint and the network")
+
+    def refusal(self, error: BaseException) -> StorageError | None:
         """A StorageError where trying again cannot help."""
-        text = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
+        text = first_line(error)
         name = type(error).__name__
         if self.local is not None:
             return StorageError(f"{self.url}: {text}; choose a folder that you may write to, with room on its disk")
@@ -318,25 +344,38 @@ class Store:
             )
         if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and "bucket" in text.lower()):
             return StorageError(f"{self.url}: no such bucket; create it, or choose another path")
+        if http_status(error) in (301, 400, 405, 501) and code not in _ON_THE_WAY:
+            return StorageError(
+                f"{self.url}: the store refuses the request ({code}: {text}); check endpoint and region"
+            )
         return None
 
     def _sibling(self, target: Path, data: bytes) -> _Written:
         return _Written(self, target, data)
 
 
-def error_code(error: BaseException) -> str:
-    """What S3 calls an error, such as SlowDown; "" where it did not say."""
+def _response(error: BaseException) -> dict[str, Any]:
     cause: BaseException | None = error
     while cause is not None:
-        response = getattr(cause, "response", None)
-        if isinstance(response, dict) and (code := str(response.get("Error", {}).get("Code", ""))):
-            return code
+        if isinstance(response := getattr(cause, "response", None), dict):
+            return response
         cause = cause.__cause__ or cause.__context__
-    return ""
+    return {}
 
 
-class _Again(Exception):
-    """Worth another try."""
+def error_code(error: BaseException) -> str:
+    """What S3 calls an error, such as SlowDown; "" where it did not say."""
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def http_status(error: BaseException) -> int:
+    """The status of S3's answer; 0 where there was none."""
+    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def first_line(error: BaseException) -> str:
+    """An error for a message."""
+    return next(iter(f"{error}".splitlines()), "") or type(error).__name__
 
 
 class _Written:
@@ -355,7 +394,7 @@ class _Written:
                 os.fsync(file.fileno())
         except OSError as error:
             self.path.unlink(missing_ok=True) if self.path.parent.is_dir() else None
-            raise self.store._refusal(error) or error from None
+            raise self.store.refusal(error) or error from None
         return self.path
 
     def __exit__(self, *_: object) -> None:
@@ -378,131 +417,6 @@ def _timestamp(info: dict[str, Any]) -> float:
     return 0.0
 
 
-def _is_there(path: str) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where it may not look
-
-
-def expand(url: str, storage_options: dict[str, Any]) -> Iterator[str]:
-    """A path, a folder's URL or a glob → the files that it names, sorted.
-
-    Raises:
-        StorageError: the store refuses.
-    """
-    # In a web address a question mark begins the query.
-    if (
-        not any(c in url for c in "*?[")
-        or url.startswith(("http://", "https://"))
-        or (is_local(url) and _is_there(url.removeprefix("file://")))
-    ):
-        yield url
-        return
-    if is_local(url):
-        yield from sorted(glob(url, recursive=True))  # noqa: PTH207 - Path.glob refuses an absolute pattern
-        return
-    store = Store(url, storage_options)
-    protocol = urlsplit(url).scheme
-    yield from sorted(f"{protocol}://{name}" for name in _find(store, url, pattern=True))
-
-
-def list_files(url: str, storage_options: dict[str, Any]) -> tuple[str, Iterator[tuple[str, str]]]:
-    """(root, every file under a folder, URL or glob as its path below the root and a mark of its version).
-
-    The mark is the size with the ETag, or with the time of change where there is none; a local file has none. Nothing
-    is opened. Files come in the order of their names.
-
-    Raises:
-        JobError: nothing is there.
-        StorageError: the store refuses.
-    """
-    pattern = any(c in url for c in "*?[")
-    if is_local(url):
-        root = url.removeprefix("file://")
-        if pattern and not _is_there(root):
-            fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), root.split("/")))
-            names = (os.path.relpath(name, fixed or ".") for name in expand(url, storage_options))
-            return fixed, ((name, "") for name in names)
-        if Path(root).is_file():
-            return str(Path(root).parent), iter([(Path(root).name, "")])
-        if not Path(root).is_dir():
-            raise JobError(f"{url}: no such folder; check the path")
-        return root.rstrip("/") or "/", _walk(root, "")
-    store = Store(url, storage_options)
-    fixed = "/".join(takewhile(lambda part: not any(c in part for c in "*?["), url.split("/"))) if pattern else url
-    root = fixed.rstrip("/")
-    paged = url.startswith("s3://") and (not pattern or _MAGIC_AT_END.fullmatch(url) is not None)
-    if paged and (page := next(pages := _pages(store, root, url if pattern else None), None)) is not None:
-        return root, chain(page, chain.from_iterable(pages))
-    found = _find(store, url, pattern)
-    if not found:
-        raise JobError(f"{url}: nothing there; check the bucket and the prefix")
-    if not pattern and list(found) == [root.partition("://")[2]]:
-        root = root.rpartition("/")[0]
-    stem = len(root.partition("://")[2]) + 1
-    return root, ((name[stem:], _remote_version(found[name])) for name in sorted(found))
-
-
-def _pages(store: Store, root: str, pattern: str | None) -> Iterator[list[tuple[str, str]]]:
-    """What S3 lists below `root`, a page at a time; of a pattern in the last part of `pattern`, what fits."""
-    bucket, _, folder = root.partition("://")[2].partition("/")
-    prefix = f"{folder}/" if folder else ""
-    fits = None
-    if pattern:
-        try:
-            fits = re.compile(glob_translate(pattern.rpartition("/")[2])).match
-        except ValueError as error:
-            raise StorageError(f"{pattern}: {error}; check the pattern") from None
-    # Without a pattern, or with **, all that lies below; else what lies in the folder itself.
-    options = {"Delimiter": "/"} if pattern and not pattern.endswith("**") else {}
-    token: dict[str, str] = {}
-    while True:
-        page = store._patiently(
-            lambda: store.filesystem.call_s3(
-                "list_objects_v2",
-                Bucket=bucket,
-                Prefix=prefix,
-                **options,
-                **token,  # noqa: B023 - called at once
-            )
-        )
-        here = [(o["Key"][len(prefix) :], _remote_version({**o, "size": o["Size"]})) for o in page.get("Contents", ())]
-        files = [(name, mark) for name, mark in here if name and not name.endswith("/") and (not fits or fits(name))]
-        if files:
-            yield files
-        if not page.get("IsTruncated"):
-            return
-        token = {"ContinuationToken": page["NextContinuationToken"]}
-
-
-def _find(store: Store, url: str, pattern: bool) -> dict[str, dict[str, Any]]:
-    look = store.filesystem.glob if pattern else store.filesystem.find
-
-    def find() -> dict[str, dict[str, Any]]:
-        try:
-            return dict(look(url, detail=True))
-        except ValueError as error:
-            raise StorageError(f"{url}: {error}; check the pattern") from None
-
-    return store._patiently(find)
-
-
-def _walk(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    folder = os.path.join(root, below)  # noqa: PTH118 - Path costs five times as much here
-    real = os.path.realpath(folder)
-    if real in above:
-        return  # A link to a folder that holds it.
-    try:
-        with os.scandir(folder) as entries:
-            here = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from None
-    for entry in here:
-        name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir():
-            yield from _walk(root, name, (*above, real))
-        elif entry.is_file():
-            yield name, ""
-
-
-def _remote_version(info: dict[str, Any]) -> str:
+def remote_version(info: dict[str, Any]) -> str:
     mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or _timestamp(info)
     return f"{info.get('size')} {mark}"

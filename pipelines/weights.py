@@ -7,6 +7,7 @@ local folder, once per node however many workers ask.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -173,14 +174,14 @@ def fetch(weights: Weights) -> Path:
 
 
 def _download(weights: Weights, target: Path, patterns: tuple[str, ...]) -> None:
-    store = Store(weights.location, weights.storage_options)
+    store = Store(weights.location, weights.storage_options, reached=True)
     partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         for path in store.list(""):
             left_out = path.endswith(".safetensors") and not _is_of(path, weights.parts)
             if not left_out and any(Path(path).match(pattern) for pattern in patterns):
                 (partial / path).parent.mkdir(parents=True, exist_ok=True)
-                store.filesystem.get_file(store.uri(path), str(partial / path))
+                store.patiently(functools.partial(store.filesystem.get_file, store.uri(path), str(partial / path)))
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

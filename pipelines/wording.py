@@ -146,6 +146,11 @@ def garbage_text(garbage: Garbage, older_than: str) -> str:
         f"{garbage.output}: {verb} {garbage.num_deleted} file{'s' * (garbage.num_deleted != 1)} that no part names, "
         f"{garbage.num_bytes_deleted / 1e6:.1f} MB"
     ]
+    if garbage.num_uploads:
+        lines.append(
+            f"{'would give' if garbage.dry_run else 'gave'} up {garbage.num_uploads} "
+            f"upload{'s' * (garbage.num_uploads != 1)} that never ended, {garbage.num_bytes_uploads / 1e6:.1f} MB"
+        )
     if garbage.num_young:
         lines.append(f"left {garbage.num_young} younger than {older_than}, {garbage.num_bytes_young / 1e6:.1f} MB")
     if garbage.num_not_done:

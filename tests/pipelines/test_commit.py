@@ -7,7 +7,7 @@ import pytest
 from pipelines.commit import commit
 from pipelines.errors import NotWhole, StorageError
 from pipelines.manifest import PartHead, attempt_of, keys_digest, part_bytes, read_head
-from pipelines.storage import Store
+from pipelines.storage import PATIENCE_S, WAIT_S, Store
 from tests.faults.proxy import Faults, Rule
 
 
@@ -63,5 +63,8 @@ def test_a_store_that_stays_silent_ends_in_an_error() -> None:
         def read(self, path: str) -> bytes | None:
             return None
 
-    with pytest.raises(StorageError, match=r"could not be committed in 8 tries \(timed out\)"):
-        commit(Silent(), "part", b"x", "me", attempt_of, no_sleep)
+    waits: list[float] = []
+    with pytest.raises(StorageError, match=r"could not be committed in \d+ tries \(timed out\); run the same command"):
+        commit(Silent(), "part", b"x", "me", attempt_of, waits.append)
+    assert PATIENCE_S < sum(waits) < PATIENCE_S + WAIT_S
+    assert max(waits) < WAIT_S

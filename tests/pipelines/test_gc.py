@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,10 @@ from pipelines.errors import NotWhole, RunAlive
 from pipelines.gc import collect, gc
 from pipelines.job import Job
 from pipelines.storage import Store
+from tests.faults.proxy import ALWAYS, Faults, Rule
 from tests.pipelines import reader
 from tests.pipelines.test_sink import sink_job, written
+from tests.stores import BUCKET, Server, outside, wait_for
 
 __all__ = ["sink_job"]  # a fixture
 
@@ -202,3 +205,51 @@ def test_parts_that_no_plan_names_are_not_passed_over(littered: tuple[Path, list
     store = Store(str(out))
     with pytest.raises(NotWhole, match=r"0123456789abcdef/000000\.parquet: no plan names this part; move it away"):
         count(store, read_plans(store))
+
+
+UPLOADER = """
+import sys
+from pipelines.storage import Store
+Store(sys.argv[1], {"endpoint_url": sys.argv[2], "key": sys.argv[3], "secret": sys.argv[4]}).write(
+    "data/000000-0123456789ab.tar", bytes(101 << 20)
+)
+"""
+
+
+def test_uploads_that_were_killed_in_the_middle_are_given_up(
+    make_job: Callable[..., Job], ceph: Server, tmp_path: Path, ldm_batch: LdmBatch
+) -> None:
+    server = ceph  # moto says of every upload that it is from 2010
+    out = f"s3://{BUCKET}/{tmp_path.name}"
+    rule = Rule("PUT", "partNumber=[23]", "delay", ALWAYS, seconds=60)
+    with Faults(server.url, [rule]) as faults:
+        uploader = subprocess.Popen([sys.executable, "-c", UPLOADER, out, faults.url, server.key, server.secret])
+        s3 = outside.client(server)
+
+        def parts() -> int:
+            begun = s3.list_multipart_uploads(Bucket=BUCKET, Prefix=f"{tmp_path.name}/").get("Uploads", ())
+            whose = [{"Bucket": BUCKET, "Key": one["Key"], "UploadId": one["UploadId"]} for one in begun]
+            return sum(len(s3.list_parts(**one).get("Parts", ())) for one in whose)
+
+        assert wait_for(lambda: rule.fired > 0 and parts() == 1, 60)
+        uploader.kill()
+        uploader.wait()
+    sink = {"path": out, "storage_options": server.storage_options}
+    written(make_job(source={"rows": ["a", "b", "c"]}, sink=sink))
+    before = outside.objects(server, tmp_path.name)
+    assert "data/000000-0123456789ab.tar" not in before
+    environ = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": server.key, "AWS_SECRET_ACCESS_KEY": server.secret}
+    said = ldm_batch("gc", out, "--json", **environ)
+    assert (said.returncode, json.loads(said.stdout)["num_young"], parts()) == (0, 1, 1), said.stderr
+    # The server's clock cannot be set: everything is as old as it has to be.
+    dry = gc(out, server.storage_options, older_than_s=-60, dry_run=True)
+    assert (dry.num_uploads, dry.num_bytes_uploads, parts()) == (1, 50 << 20, 1)
+    # Of somebody else, in the same folder.
+    s3.create_multipart_upload(Bucket=BUCKET, Key=f"{tmp_path.name}/video.mp4")
+    done = gc(out, server.storage_options, older_than_s=-60)
+    assert (done.num_uploads, done.num_bytes_uploads, parts()) == (1, 50 << 20, 0)
+    left = s3.list_multipart_uploads(Bucket=BUCKET, Prefix=f"{tmp_path.name}/")["Uploads"]
+    assert [one["Key"] for one in left] == [f"{tmp_path.name}/video.mp4"]
+    assert {path for path in outside.objects(server, tmp_path.name) if "_ldm" not in path} == {
+        path for path in before if "_ldm" not in path
+    }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import os
-import shutil
+import random
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody listens on, below those that the kernel gives to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(ready: Callable[[], bool], limit_s: float) -> bool:
@@ -59,20 +63,20 @@ def answers(url: str) -> bool:
         urllib.request.urlopen(url, timeout=1).close()
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     return True
 
 
 def spawn(command: list[str], log: Path, environ: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a server that does not outlive this process, whatever becomes of it."""
-    watched = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     with log.open("ab") as out:
         return subprocess.Popen(
-            [*watched, *command],
+            # Its end of the pipe closes when this process is gone, however that came.
+            ["sh", "-c", 'exec 3<&0 </dev/null; { read _ <&3; kill -9 $$; } & exec "$@" 3<&-', "sh", *command],
             env=environ,
             cwd=log.parent,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=out,
             start_new_session=True,
@@ -81,9 +85,11 @@ def spawn(command: list[str], log: Path, environ: dict[str, str] | None = None) 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL it and all that it started."""
-    if process.poll() is None:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin:
+        process.stdin.close()
 
 
 @contextmanager

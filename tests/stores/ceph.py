@@ -18,8 +18,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import fsspec
@@ -42,6 +43,7 @@ PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 # What apt adds for disks and logins (lvm2, smartmontools, sudo…) is not needed here.
 _NEEDED = re.compile(r"^'[^']+' ((?:ceph|lib|python3|radosgw)\S*\.deb) ", re.MULTILINE)
 _APT_LIMIT_S = 120
+_TRIES = 3
 
 _CONF = """[global]
 fsid={fsid}
@@ -190,14 +192,29 @@ def _ends_well(action: Callable[[], object]) -> bool:
 
 @contextmanager
 def start_ceph() -> Iterator[Ceph]:
-    """A Ceph of one's own, gone at the end. To be started from a thread that lives as long as it.
+    """A Ceph of one's own, gone at the end.
 
     Raises:
         Unavailable: it cannot be had here; why.
     """
     root = unpacked()
+    with ExitStack() as stack:
+        for n in count(1):
+            try:
+                server = stack.enter_context(_started(root))
+            except Unavailable:
+                # An OSD may be refused by a monitor that is as young as itself, and a free port be taken.
+                if n == _TRIES:
+                    raise
+            else:
+                break
+        yield server
+
+
+@contextmanager
+def _started(root: Path) -> Iterator[Ceph]:
     # Short: the path of a Unix socket may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ceph-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="ceph-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         port = free_port()
         server = Ceph(f"http://127.0.0.1:{port}", folder=Path(folder), root=root)
         try:
