@@ -19,6 +19,7 @@ from pipelines import manifest, shard_file
 from pipelines.blocks import KEPT, RESULT_FIELDS, unpack
 from pipelines.commit import commit_shard, content_name
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
+from pipelines.errors import NotWhole
 from pipelines.generation_text import describe
 from pipelines.images import EXTENSIONS, MIME_TYPES, encode, thumbnail
 from pipelines.job import Layout, Sink
@@ -92,6 +93,8 @@ class ShardWriter:
         path = manifest.part_path(self.plan_id, index)
         again = any(row["attempt"] is not None for row in rows)
         before = manifest.read_rows(self.store.read(path) or b"") if again else {}
+        if any(row["status"] == KEPT and row["key"] not in before for row in rows):
+            raise NotWhole(f"{path} was damaged while rows of it were made again; run `ldm-batch repair`")
         records = [
             before[row["key"]] if row["status"] == KEPT else self._record(row, index, puts.append, pictures.append)
             for row in rows

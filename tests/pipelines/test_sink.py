@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 
 import pipelines
-from pipelines.blocks import pack, with_results
-from pipelines.errors import JobError, OutputHeldByOther
+from pipelines.blocks import KEPT, pack, with_results
+from pipelines.errors import JobError, NotWhole, OutputHeldByOther
 from pipelines.generation_text import read as read_text
 from pipelines.image_folder import write_metadata
 from pipelines.job import Job
+from pipelines.loading import LoadShard, place
 from pipelines.planner import check, plan
-from pipelines.plans import read_shard
+from pipelines.plans import read_plans, read_shard
 from pipelines.row_table import LATER_FIELDS, OWN_FIELDS
 from pipelines.runner import run, signer
 from pipelines.signing import Signer
@@ -92,6 +93,30 @@ def test_webdataset_reads_a_tar_with_pictures_captions_and_parameters(
         )
         assert row["uri"] == f"data/{tar.name}#{row['key']}.png"
     assert not (tmp_path / "out" / "images").exists()
+
+
+def test_a_part_that_is_damaged_while_rows_of_it_are_made_again_is_named(
+    sink_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = sink_job()
+    rows = written(job)
+    store = Store(job.sink.path)
+    [one] = read_plans(store)
+    [shard] = one.shards
+    again = next(row["key"] for row in rows if row["status"] == "failed")
+    loaded = LoadShard(store, None, "", {})(place(shard, frozenset([again])))
+    results = [
+        {"status": KEPT} if row["key"] != again else {"status": "ok", "pixels": pack(pixels("x")), "attempt": 2}
+        for row in loaded.to_pylist()
+    ]
+    finished = with_results(read_shard(store, shard.file, shard.row_group), results)
+    [part] = (tmp_path / "out" / "manifest").rglob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-9])
+    cut = part.read_bytes()
+    writer = ShardWriter(store, one.plan_id, job.sink, job.layout, "run", "m", "r")
+    with pytest.raises(NotWhole, match=r"^manifest/.*parquet was damaged while rows of it .*; run `ldm-batch repair`$"):
+        writer(finished)
+    assert part.read_bytes() == cut
 
 
 def test_a_tar_depends_on_nothing_but_its_pictures(sink_job: Callable[..., Job], tmp_path: Path) -> None:
