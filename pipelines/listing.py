@@ -94,24 +94,11 @@ def _pages(store: Store, root: str, pattern: str | None) -> Iterator[list[tuple[
             raise StorageError(f"{pattern}: {error}; check the pattern") from None
     # Without a pattern, or with **, all that lies below; else what lies in the folder itself.
     options = {"Delimiter": "/"} if pattern and not pattern.endswith("**") else {}
-    token: dict[str, str] = {}
-    while True:
-        page = store.patiently(
-            lambda: store.filesystem.call_s3(
-                "list_objects_v2",
-                Bucket=bucket,
-                Prefix=prefix,
-                **options,
-                **token,  # noqa: B023 - called at once
-            )
-        )
-        here = [(o["Key"][len(prefix) :], remote_version({**o, "size": o["Size"]})) for o in page.get("Contents", ())]
+    for page in store.pages(bucket, prefix, **options):
+        here = [(o["Key"][len(prefix) :], remote_version({**o, "size": o["Size"]})) for o in page]
         files = [(name, mark) for name, mark in here if name and not name.endswith("/") and (not fits or fits(name))]
         if files:
             yield files
-        if not page.get("IsTruncated"):
-            return
-        token = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def _find(store: Store, url: str, pattern: bool) -> dict[str, dict[str, Any]]:

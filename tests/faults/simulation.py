@@ -262,6 +262,9 @@ class SimulatedStore:
             if path.startswith(f"{prefix}/")
         }
 
+    def names(self, prefix: str) -> list[str]:
+        return [*self.list(prefix)]
+
     def write(self, path: str, data: bytes) -> None:
         self._patiently("write", path, lambda: self.world.put(path, data))
 

@@ -76,6 +76,9 @@ class Memory:
         found = {path: self.info(path) for path in self.objects if path.startswith(f"{prefix}/")}
         return {path: info for path, info in found.items() if info is not None}
 
+    def names(self, prefix: str) -> list[str]:
+        return [*self.list(prefix)]
+
     def write(self, path: str, data: bytes) -> None:
         self.objects[path] = (data, self.now_s)
 
