@@ -104,10 +104,11 @@ def test_ceph_holds_what_we_say_we_committed_whatever_became_of_the_answer(
     assert [row["uri"] for row in rows] == [uri for uri, _ in files]
 
 
+@pytest.mark.timeout(400)  # two whole runs and an outage
 def test_a_run_goes_on_through_a_storm_and_an_outage_and_ends_in_the_same_bytes(
     make_job: Callable[..., Job], ray_session: None, ceph: Ceph, rclone: Server, tmp_path: Path
 ) -> None:
-    rows = [f"a red circle {n}" for n in range(12)]
+    rows = [f"a red circle {n}" for n in range(8)]
 
     def job(server: Server, url: str) -> Job:
         options = {**server.storage_options, "endpoint_url": url}
@@ -134,11 +135,11 @@ def test_a_run_goes_on_through_a_storm_and_an_outage_and_ends_in_the_same_bytes(
         summary = run(job(ceph, faults.url), listener=away)
         assert time.monotonic() - begun > away.away_s > 0
         assert sum(rule.fired for rule in faults.rules) > 0.1 * len(faults.seen)
-    assert (summary.exit_code, summary.num_new_rows) == (0, 12)
+    assert (summary.exit_code, summary.num_new_rows) == (0, 8)
     assert run(job(rclone, rclone.url)).exit_code == 0
     seen = [outside.objects(server, f"run-{tmp_path.name}") for server in (ceph, rclone)]
     digests = [{row["key"]: row["sha256"] for row in outside.whole_rows(found)} for found in seen]
-    assert len(digests[0]) == 12
+    assert len(digests[0]) == 8
     assert digests[0] == digests[1]
     # Nobody made a row twice: each part is of the one attempt that wrote its files.
     assert {row["attempt"] for row in outside.whole_rows(seen[0])} == {1}
