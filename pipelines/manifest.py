@@ -190,12 +190,7 @@ def read_part(part: bytes, columns: tuple[str, ...] | None = None, where: str = 
     Raises:
         NotWhole: it cannot be read, or a column is of another type than SCHEMA says.
     """
-    try:
-        table = _read(part, None if columns is None else list(columns)).replace_schema_metadata(None)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or ["empty"])[0][:200]
-        raise NotWhole(f"{where} is damaged ({reason}); `ldm-batch repair` makes its rows again") from None
+    table = _whole(part, columns, where)
     for field in SCHEMA:
         if columns is not None and field.name not in columns:
             continue
@@ -207,6 +202,16 @@ def read_part(part: bytes, columns: tuple[str, ...] | None = None, where: str = 
                 f"{where} is damaged (its column {field.name!r} is none of a manifest); `ldm-batch repair` makes its "
                 "rows again"
             )
+    return table
+
+
+def _whole(part: bytes, columns: tuple[str, ...] | None = None, where: str = "a part of the output") -> pa.Table:
+    try:
+        table = _read(part, None if columns is None else list(columns)).replace_schema_metadata(None)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or ["empty"])[0][:200]
+        raise NotWhole(f"{where} is damaged ({reason}); `ldm-batch repair` makes its rows again") from None
     return table
 
 
@@ -231,7 +236,7 @@ def texts(part: bytes) -> set[str]:
         elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
             yield array
 
-    chunks = (chunk for column in read_part(part).columns for chunk in column.chunks)
+    chunks = (chunk for column in _whole(part).columns for chunk in column.chunks)
     return {
         text.partition("#")[0]
         for chunk in chunks
