@@ -205,7 +205,7 @@ def read_part(part: bytes, columns: tuple[str, ...] | None = None, where: str = 
     return table
 
 
-def _whole(part: bytes, columns: tuple[str, ...] | None, where: str) -> pa.Table:
+def _whole(part: bytes, columns: tuple[str, ...] | None = None, where: str = "a part of the output") -> pa.Table:
     try:
         table = _read(part, None if columns is None else list(columns)).replace_schema_metadata(None)
         table.validate(full=True)
@@ -236,7 +236,7 @@ def texts(part: bytes) -> set[str]:
         elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
             yield array
 
-    chunks = (chunk for column in _whole(part, None, "a part of the output").columns for chunk in column.chunks)
+    chunks = (chunk for column in _whole(part).columns for chunk in column.chunks)
     return {
         text.partition("#")[0]
         for chunk in chunks
