@@ -7,7 +7,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +40,21 @@ def commands() -> str:
 
 
 @pytest.mark.timeout(400)
-def test_secrets_reach_no_file_no_log_and_no_command_line(
-    tiny_model: Path, s3_endpoint: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_secrets_reach_no_file_no_log_and_no_command_line(tiny_model: Path, s3_endpoint: str, tmp_path: Path) -> None:
     out = f"s3://bkt/{tmp_path.name}"
     options = {"endpoint_url": s3_endpoint, "key": f"AK{CANARY}", "secret": "${env:SECRET_OF_MINE}"}
     stage = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 1, "workers": 1}
     job = {"source": {"rows": ["a"]}, "stages": [stage], "sink": {"path": out, "storage_options": options}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     # Short: Ray's sockets lie below it.
-    logs = tmp_path_factory.mktemp("r")
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as logs:
+        _look_for_the_canary(tmp_path / "job.yaml", Store(out, {"endpoint_url": s3_endpoint}), Path(logs))
+
+
+def _look_for_the_canary(job: Path, store: Store, logs: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     run = subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "run", str(tmp_path / "job.yaml")],
+        [sys.executable, "-m", "pipelines", "run", str(job)],
         cwd=ROOT,
         env=environ | {"SECRET_OF_MINE": f"{CANARY}-secret", "RAY_TMPDIR": str(logs)},
         stdout=subprocess.PIPE,
@@ -65,7 +69,6 @@ def test_secrets_reach_no_file_no_log_and_no_command_line(
     assert run.returncode == 0, stderr
     # Ray was seen at work.
     assert "raylet" in seen
-    store = Store(out, {"endpoint_url": s3_endpoint})
     written = b"".join(store.read(name) or b"" for name in store.list(""))
     files = [path.read_bytes() for path in logs.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(written) > 1000
@@ -167,11 +170,12 @@ def post(port, path):
         return 0
 
 with ray_cluster(None):
-    until, codes = time.monotonic() + 60, {}
-    # The agent that takes jobs is the last to listen.
+    # The agent that takes jobs is the last to listen; of `ray` without its extra `default` there is none.
+    until, codes = time.monotonic() + (60 if sys.argv[2] == "True" else 5), {}
     while time.monotonic() < until and not any(401 in some for some in codes.values()):
-        new = ports() - codes.keys()
-        codes |= {port: [post(port, path) for path in ("/api/jobs/", "/api/job_agent/jobs/")] for port in new}
+        for port in ports():
+            if not any(codes.get(port, ())):
+                codes[port] = [post(port, path) for path in ("/api/jobs/", "/api/job_agent/jobs/")]
         time.sleep(1)
     time.sleep(2)
 print("answers:", sorted({code for some in codes.values() for code in some}))
@@ -180,8 +184,9 @@ print("answers:", sorted({code for some in codes.values() for code in some}))
 
 def test_no_port_of_a_cluster_of_our_own_takes_a_job_from_a_stranger(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    has_agent = find_spec("aiohttp_cors") is not None
     found = subprocess.run(
-        [sys.executable, "-c", PROBE, str(tmp_path / "owned")],
+        [sys.executable, "-c", PROBE, str(tmp_path / "owned"), str(has_agent)],
         capture_output=True,
         text=True,
         timeout=150,
@@ -190,6 +195,7 @@ def test_no_port_of_a_cluster_of_our_own_takes_a_job_from_a_stranger(tmp_path: P
     )
     assert found.returncode == 0, found.stderr
     _, _, codes = found.stdout.strip().partition(" ")
-    assert 401 in json.loads(codes), found.stdout
+    assert json.loads(codes), "no port was found"
+    assert 401 in json.loads(codes) or not has_agent, found.stdout
     assert not {200, 201, 202} & set(json.loads(codes)), found.stdout
     assert not (tmp_path / "owned").exists()
