@@ -15,7 +15,7 @@ EXITS = {"refuse": (0, 75), "join": (0, 0), "takeover": (75, 0)}
 
 
 def measure(folder: Path, model: Path) -> list[Figure]:
-    """Start the second run once the first has committed."""
+    """Start the second run once the first has committed; a helper earlier, as a small job is soon done."""
     wanted = undisturbed(
         write_job(folder / "undisturbed", model, str(folder / "undisturbed" / "out"), {}, ROWS, STEPS, 1)
     )
@@ -23,7 +23,8 @@ def measure(folder: Path, model: Path) -> list[Figure]:
     for way, more in WAYS.items():
         output = write_job(folder / way, model, str(folder / way / "out"), {}, ROWS, STEPS, 1)
         first = start(output, log=folder / way / "first.log")
-        while not list((folder / way).glob("out/manifest/*/*.parquet")) and first.poll() is None:
+        sign = "out/_ldm/runs/*/heartbeat.json" if way == "join" else "out/manifest/*/*.parquet"
+        while not list((folder / way).glob(sign)) and first.poll() is None:
             time.sleep(0.05)
         second = start(output, *more, log=folder / way / "second.log")
         # The second first: a run that is refused ends at once.
