@@ -103,6 +103,13 @@ def reach(address: str | None) -> None:
         raise RunFailed(f"--address {address}: no Ray cluster answers there ({error}); check host and port") from None
 
 
+def num_cpus() -> float:
+    """Of the whole cluster that is connected."""
+    import ray
+
+    return float(ray.cluster_resources().get("CPU", 0.0))
+
+
 def quiet_ray_data() -> None:
     """One shard is one block all the way, and our own progress line is the only one."""
     import ray.data

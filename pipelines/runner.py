@@ -18,7 +18,7 @@ import numpy as np
 from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest
 from pipelines.adapters import AND, StageAdapters
-from pipelines.cluster import TASK_CPUS, Fit, fit, ray_cluster
+from pipelines.cluster import TASK_CPUS, Fit, fit, num_cpus, ray_cluster
 from pipelines.equipment import encoder_of, plan_adapters, plan_models, signer
 from pipelines.errors import (
     EXIT_DEAD_LETTERS,
@@ -48,9 +48,9 @@ from pipelines.worker import Place, Worker
 if TYPE_CHECKING:
     import ray.data
 
-WAVE = 8192
-"""Shards that Ray hears of at a time: each costs it memory and a millisecond before the first begins. A wave ends with
-workers that wait for the last of it, and the next loads the model again; at a minute a shard that is little."""
+WAVE, WAVE_PER_CPU = 4096, 64
+"""Shards that Ray hears of at a time, at least: each costs it memory, and a millisecond before the first begins. A wave
+ends with workers that wait for the last of it, and the next loads the model again: little, at a minute a shard."""
 
 SPARE_DEATHS = 100
 """Workers that may die, beside those that rows kill, before Ray gives a pool up."""
@@ -255,7 +255,8 @@ def _run(
         on_stop = listener.stopping if listener else None
         with ray_cluster(address), stop_on_signals(store, run_id, on_stop, grace_s) as stopped:
             refuse_local_sink(store, job.sink.path)
-            for one, wave in ((p, wave) for p, shards in work.todo for wave in shards.waves(WAVE)):
+            size = max(WAVE, int(WAVE_PER_CPU * num_cpus()))
+            for one, wave in ((p, wave) for p, shards in work.todo for wave in shards.waves(size)):
                 if stopped:
                     break
                 for receipt in _execute(store, run_id, job, work, one, wave, join, listener):
@@ -426,7 +427,8 @@ def dataset(
     import ray.data
 
     # In memory: Ray's own range would add read tasks of one whole CPU each, for which a small machine has no room.
-    places = ray.data.from_arrow([place(shard, redo.get((shard.plan_id, shard.index)), join) for shard in todo])
+    # `from_arrow` would start a task for each.
+    places = ray.data.from_blocks([place(shard, redo.get((shard.plan_id, shard.index)), join) for shard in todo])
     first: Place = stages[0][1][0]
     first_weights: Weights = stages[0][1][2]
     # Finite, and more than it takes: each death either names rows in the journal, or is one of few that may not.

@@ -417,3 +417,14 @@ def test_what_a_task_raises_of_ours_is_what_the_run_raises_and_nothing_beside_it
     with pytest.raises(NotWhole, match=r"rows-00000.parquet is gone; the plan cannot be followed"):
         run(make_job(), listener=Loses(tmp_path / "out"))
     assert capfd.readouterr().err == ""
+
+
+def test_a_plan_of_more_shards_than_ray_hears_of_at_a_time_is_done_whole(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.runner.WAVE", 2)
+    monkeypatch.setattr("pipelines.runner.WAVE_PER_CPU", 0)
+    job = make_job(source={"rows": ["a ring", "a star", "a moon"]}, stage={"batch_size": 1}, batches_per_shard=1)
+    summary = run(job)
+    assert (summary.exit_code, summary.num_new_rows, summary.totals.num_shards_done) == (0, 3, 3)
+    assert sorted(row["prompt"] for row in reader.rows(tmp_path / "out")) == ["a moon", "a ring", "a star"]
