@@ -23,7 +23,7 @@ from tests.faults.outside import Seen, look
 from tests.faults.processes import family, gone, kill, wait_for
 from tests.faults.soak import ROOT, finish, start, undisturbed, write_job
 
-ROWS, BATCH, STEPS, WORKERS = 60, 2, 40, 2
+ROWS, BATCH, STEPS, WORKERS = 24, 2, 200, 2
 PEER_LIMIT_S = 300.0
 
 
