@@ -257,7 +257,8 @@ def _run(
             refuse_local_sink(store, job.sink.path)
             size = max(WAVE, int(WAVE_PER_CPU * num_cpus()))
             for one, wave in ((p, wave) for p, shards in work.todo for wave in shards.waves(size)):
-                if stopped:
+                # Asked here, or by a run that takes over: its workers would only load the model to do nothing.
+                if stopped or store.read(heartbeat.stop_path(run_id)) is not None:
                     break
                 for receipt in _execute(store, run_id, job, work, one, wave, join, listener):
                     done.add(receipt)

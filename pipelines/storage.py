@@ -218,7 +218,6 @@ class Store:
 
     def list(self, prefix: str) -> dict[str, Info]:
         """Everything under a folder: relative path → size and time."""
-
         if self.local is not None:
             found: dict[str, Info] = {}
             for name in self.names(prefix):
@@ -237,8 +236,14 @@ class Store:
     def names(self, prefix: str) -> Iterator[str]:
         """The relative paths of `list`, some in memory at a time."""
         if (root := self.local) is not None:
+
+            def fail(error: OSError) -> None:
+                # A folder that cannot be read is not an empty one.
+                if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                    raise self.refusal(error) or error
+
             # Path costs five times as much here.
-            for folder, _, files in os.walk(root / prefix):
+            for folder, _, files in os.walk(root / prefix, onerror=fail):
                 below = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
                 yield from (f"{below}{name}".removeprefix("./") for name in files if not name.startswith(".tmp-"))
         elif self.url.startswith("s3://"):
@@ -258,21 +263,17 @@ class Store:
 
     def pages(self, bucket: str, prefix: str, **options: str) -> Iterator[builtins.list[dict[str, Any]]]:
         """What S3 lists under a prefix, a page at a time; s3fs itself would gather, and keep, all of it."""
-        token: dict[str, str] = {}
-        while True:
-            page = self.patiently(
-                lambda: self.filesystem.call_s3(
-                    "list_objects_v2",
-                    Bucket=bucket,
-                    Prefix=prefix,
-                    **options,
-                    **token,  # noqa: B023 - called at once
-                )
+
+        def ask(**token: str) -> dict[str, Any]:
+            return self.patiently(
+                lambda: self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **options, **token)
             )
+
+        page = ask()
+        yield page.get("Contents", [])
+        while page.get("IsTruncated"):
+            page = ask(ContinuationToken=page["NextContinuationToken"])
             yield page.get("Contents", [])
-            if not page.get("IsTruncated"):
-                return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def leftovers(self) -> Iterable[str]:
         """Half-written files that dead processes left on a disk; no other store shows any."""

@@ -370,7 +370,7 @@ def _quiet() -> Iterator[None]:
 
 def _import_everything(model: str) -> None:
     """Once here, or every child does it anew."""
-    import s3fs  # noqa: F401
+    import s3fs  # noqa: F401 - for what comes with it
 
     with tempfile.TemporaryDirectory() as folder:
         run(make_job(folder, model, None))

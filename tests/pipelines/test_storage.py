@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -282,3 +283,22 @@ def test_any_other_fsspec_store_works_too() -> None:
         store.create("a", b"2")
     assert list(store.list("")) == ["a"]
     assert fsspec.filesystem("memory").cat("/box/out/a") == b"1"
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    store.write("manifest/a", b"x")
+    assert list(store.names("nothing")) == []
+    scandir = os.scandir
+
+    def failing(path: Any) -> Any:
+        # As a disk does that gives up; root may read what permissions forbid.
+        if str(path).endswith("manifest"):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(StorageError, match="Input/output error"):
+        list(store.names("manifest"))
