@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +73,8 @@ def one_line_errors(as_json: bool) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or type(error).__name__
         _fail(f"{what!r}: {reason}" if what else f"{reason}: {str(error)[:200]}", 1, as_json)
     except KeyboardInterrupt:
+        # Ray takes seconds to end, and who asks again does not want to wait for it.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
         _fail("interrupted; nothing that was committed is lost, run the same command again", EXIT_INTERRUPTED, as_json)
 
 

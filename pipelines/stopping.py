@@ -22,7 +22,8 @@ def stop_on_signals(
 ) -> Iterator[list[int]]:
     """First Ctrl-C or SIGTERM: shards in flight are finished, no others begun. Second, or `grace_s` later: out at once.
 
-    Yields a list that holds the exit code once a stop was asked.
+    Yields a list that holds the exit code once a stop was asked. From then on the process is on its way out, and a
+    further signal ends it also after this.
     """
     stopped: list[int] = []
     over = threading.Event()
@@ -59,8 +60,9 @@ def stop_on_signals(
         yield stopped
     finally:
         over.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not stopped:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _say(store: Store, run_id: str, words: dict[str, Any]) -> None:

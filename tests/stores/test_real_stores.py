@@ -199,11 +199,11 @@ def test_credentials_that_end_stop_a_run_at_once(ceph: Ceph) -> None:
 def test_a_store_that_was_reached_is_waited_for_and_another_is_not(
     ceph: Ceph, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_PATIENCE_S", 1.0)
-    monkeypatch.setattr(storage, "SAY_AFTER_S", 1.0)
     store = Store(f"s3://{BUCKET}/away", ceph.storage_options)
     never = Store(store.url, store.storage_options)
     store.write("before", b"x")
+    monkeypatch.setattr(storage, "FIRST_PATIENCE_S", 1.0)
+    monkeypatch.setattr(storage, "SAY_AFTER_S", 1.0)
     # A worker gets the store with what is known of it.
     worker = pickle.loads(pickle.dumps(store))
     files, part, own = attempt(0)
