@@ -64,7 +64,7 @@ def main() -> None:
     import ray.data
 
     # With two CPUs a resume from its checkpoint gets stuck: its own actors take both.
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.use_datasource_v2 = reader == "default"

@@ -87,7 +87,7 @@ _PEER = """
 import sys, ray
 from ray.data.checkpoint import CheckpointConfig
 folder, pattern = sys.argv[1], sys.argv[2].split(",")
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 context = ray.data.DataContext.get_current()
 context.enable_progress_bars = False
 context.checkpoint_config = CheckpointConfig(

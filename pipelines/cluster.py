@@ -21,6 +21,9 @@ KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
 """Ray ends a process that has had no task for a second, and starts the next one for 2 s of a core: of shards that come
 every few seconds, a fifth of a small machine (measured, Ray 2.60). A node reads it when it starts."""
 
+LOCAL = "local"
+"""What Ray calls a cluster that it starts itself."""
+
 MEMORY_SHARE = 0.6
 WORKER_BYTES = 1 << 30
 """What a worker needs beside its weights: the interpreter, torch, activations of a small batch."""
@@ -37,14 +40,20 @@ class Fit:
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
-    """A Ray that is connected: the one at `address`, the one already connected, or one of our own on this machine."""
+    """A Ray that is connected: the one already connected, the one at `address` or RAY_ADDRESS, or one of our own.
+
+    A cluster that somebody else runs on this machine, whose address Ray would find in its temporary folder, is joined
+    by `auto` only.
+    """
+    said = "--address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's C++ core warns on stderr about what we chose (finite restarts); its log files keep everything.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault(*KEEP_IDLE)
     # Nor is a worker that a row has killed news for stdout, where Ray would print it amid --json (2.60).
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+    if address == LOCAL and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # Whoever reaches Ray's ports can run code; of a cluster of our own nobody else knows the token. Ray reads it
         # when it is imported.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -52,19 +61,19 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
-        reach(address)
+        reach(address, said)
         try:
             with _quiet_stderr():
                 ray.init(
                     address=address,
-                    include_dashboard=False if address is None else None,
+                    include_dashboard=False if address == LOCAL else None,
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
         except Exception as error:  # noqa: BLE001 - Ray raises plain Exceptions, of a node that starts too slowly
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            at = f"--address {address}: " if address else ""
-            way_out = "check that it is there, or try without --address" if address else "run the same command again"
+            at = f"{said} {address}: " if address != LOCAL else ""
+            way_out = "check that it is there, or try without it" if at else "run the same command again"
             raise RunFailed(f"{at}no Ray cluster could be reached or started ({reason}); {way_out}") from None
     quiet_ray_data()
     try:
@@ -88,19 +97,19 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def reach(address: str | None) -> None:
+def reach(address: str, said: str = "--address") -> None:
     """Knock at `host:port` first: Ray itself would wait for minutes.
 
     Raises:
         RunFailed: nobody answers within five seconds.
     """
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
-        raise RunFailed(f"--address {address}: no Ray cluster answers there ({error}); check host and port") from None
+        raise RunFailed(f"{said} {address}: no Ray cluster answers there ({error}); check host and port") from None
 
 
 def num_cpus() -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from pipelines.cluster import reach
+from pipelines.cluster import ray_cluster, reach
 from pipelines.errors import RunFailed
 from tests.conftest import ROOT, free_port
 
@@ -17,8 +20,8 @@ def test_an_address_where_nobody_answers_is_named_at_once() -> None:
         reach(f"127.0.0.1:{free_port()}")
 
 
-@pytest.mark.parametrize("address", [None, "auto", "local"])
-def test_other_addresses_are_left_to_ray(address: str | None) -> None:
+@pytest.mark.parametrize("address", ["auto", "local"])
+def test_other_addresses_are_left_to_ray(address: str) -> None:
     reach(address)
 
 
@@ -38,3 +41,31 @@ with ray_cluster(None):
     code, *said = found.stdout.split()
     assert code != "0", found.stdout
     assert said == ["True"]
+
+
+def test_a_cluster_that_somebody_left_on_this_machine_is_not_joined_unasked() -> None:
+    script = """
+from pipelines.cluster import ray_cluster
+with ray_cluster(None):
+    import ray
+    print(len(ray.nodes()))
+"""
+    # Not in pytest's folder: Ray's sockets want a short path.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        # Where `ray start` notes what it started.
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray/ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
+        environ = {**os.environ, "RAY_TMPDIR": folder}
+        found = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environ
+        )
+    assert found.stdout.split() == ["1"], found.stderr
+
+
+def test_a_cluster_that_the_environment_names_is_joined_and_is_named_where_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(RunFailed, match=r"RAY_ADDRESS 127.0.0.1:\d+: no Ray cluster answers"), ray_cluster(None):
+        pass
