@@ -1,7 +1,7 @@
 """Work done twice because of a kill: ours, and two peers over the same rows, killed at the same point.
 
-That point is the middle of a shard, once half of the rows have been begun: right at a shard's end those before it may
-be on their way into the output still.
+That point is inside a shard, once half of the rows have been begun and no worker has begun one for a while: right at a
+shard's end those before it may be on their way into the output still.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tests.faults.processes import family, gone, kill, wait_for
 from tests.faults.soak import ROOT, finish, start, undisturbed, write_job
 
 ROWS, BATCH, STEPS, WORKERS = 24, 2, 200, 2
+QUIET_S = 0.8
 PEER_LIMIT_S = 300.0
 
 
@@ -138,7 +139,7 @@ def _wait(running: subprocess.Popen[bytes]) -> int | None:
 def _kill_at_half(running: subprocess.Popen[bytes], notes: Notes, kind: str) -> bool:
     """SIGKILL a run, or one of its workers, once half of the rows were begun."""
     _until(lambda: notes.num_rows_begun >= ROWS // 2 or running.poll() is not None)
-    time.sleep(notes.seconds_between / 2)
+    _until(lambda: time.time() - notes.last > QUIET_S or running.poll() is not None)
     members = family(running.pid)
     victim = members[0] if kind == "driver" else wait_for(running.pid, "worker", 10)[0]
     hit = running.poll() is None and kill(victim)

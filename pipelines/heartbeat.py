@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import uuid
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,23 @@ def stop_path(run_id: str) -> str:
 
 def ask_to_stop(store: Store, run_id: str) -> None:
     store.write(stop_path(run_id), b"")
+
+
+@dataclass(frozen=True)
+class Permit:
+    """Whether a run's workers may begin another shard; made by its driver, asked by them."""
+
+    store: Store
+    run_id: str
+    driver: dict[str, Any] = field(default_factory=lambda: _this_process())
+
+    @property
+    def is_over(self) -> bool:
+        """A stop was asked, or the driver is gone, without whom nothing is committed.
+
+        Ray ends the workers of a killed driver, but some tenths of a second later.
+        """
+        return self.store.read(stop_path(self.run_id)) is not None or _is_gone(self.driver)
 
 
 def end(store: Store, run_id: str, body: dict[str, Any]) -> None:
@@ -132,25 +150,39 @@ def _read(body: bytes | None) -> dict[str, Any]:
     """What a heartbeat says; where it cannot be read, somebody is there all the same."""
     try:
         run = json.loads(body or b"")
-        return {"host": str(run["host"]), "pid": int(run["pid"]), "boot": run["boot"], "born": run["born"]}
+        return {**run, "host": str(run["host"]), "pid": int(run["pid"]), "boot": run["boot"], "born": run["born"]}
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {"host": "a host that it does not name", "pid": 0}
 
 
 def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "born": _born(os.getpid())}
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot_id(),
+        "namespace": _namespace(),
+        "pid": os.getpid(),
+        "born": _born(os.getpid()),
+    }
 
 
 def _is_gone(run: dict[str, Any]) -> bool:
     """Certain only for a process of this machine."""
     if run.get("host") != socket.gethostname():
         return False
-    return run.get("boot") != _boot_id() or _born(int(run["pid"])) != run.get("born")
+    if run.get("boot") != _boot_id():
+        return True
+    # Two containers may share a host's name, and one does not see the other's processes.
+    return run.get("namespace") == _namespace() and _born(int(run["pid"])) != run.get("born")
 
 
 def _boot_id() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
+
+
+def _namespace() -> str:
+    path = Path("/proc/self/ns/pid")
+    return str(path.readlink()) if path.is_symlink() else ""
 
 
 def _born(pid: int) -> str:

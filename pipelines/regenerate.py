@@ -81,7 +81,7 @@ def _make(
     tables = [load.load(table.filter(pc.is_in(table["key"], wanted))) for table in tables]
     for i, (stage, (weights, _)) in enumerate(zip(job.stages, models, strict=True)):
         place = Place(stage, i, i == len(job.stages) - 1, loaders[i], adapters[i])
-        worker = Worker(place, stage.bare(), weights, memory, "stop")
+        worker = Worker(place, stage.bare(), weights)
         tables = [worker(table) for table in tables]
     weights, facts = models[-1]
     first = models[0][0]

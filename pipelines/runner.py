@@ -249,6 +249,7 @@ def _run(
     done = Done()
     failed = Failed(job.max_failed, sum(int(shards.num_rows.sum()) for _, shards in work.todo))
     code = EXIT_OK
+    permit = heartbeat.Permit(store, run_id)
     if work.todo:
         store.write(f"{heartbeat.RUNS}/{run_id}/environment.json", json.dumps(_environment()).encode())
         # Ray first: it takes over SIGTERM when it starts.
@@ -258,9 +259,9 @@ def _run(
             size = max(WAVE, int(WAVE_PER_CPU * num_cpus()))
             for one, wave in ((p, wave) for p, shards in work.todo for wave in shards.waves(size)):
                 # Asked here, or by a run that takes over: its workers would only load the model to do nothing.
-                if stopped or store.read(heartbeat.stop_path(run_id)) is not None:
+                if stopped or permit.is_over:
                     break
-                for receipt in _execute(store, run_id, job, work, one, wave, join, listener):
+                for receipt in _execute(store, permit, job, work, one, wave, join, listener):
                     done.add(receipt)
                     try:
                         failed.add(receipt)
@@ -269,7 +270,7 @@ def _run(
                         heartbeat.ask_to_stop(store, run_id)
                         raise
             code = stopped[0] if stopped else EXIT_OK
-        if not stopped and store.read(heartbeat.stop_path(run_id)) is not None:
+        if not stopped and permit.is_over:
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
     # Read again: a plan may have been added meanwhile.
     totals = count(store, read_plans(store))
@@ -295,7 +296,7 @@ def _run(
 
 def _execute(
     store: Store,
-    run_id: str,
+    permit: heartbeat.Permit,
     job: Job,
     work: Work,
     plan: Plan,
@@ -312,7 +313,6 @@ def _execute(
     spread = pool_stages(own, job)
     pools = fit(list(zip(spread, sizes, strict=True)))
     refuse_local_images(store, todo[0])
-    stop_path = heartbeat.stop_path(run_id)
     stages = []
     for i, (stage, (weights, facts)) in enumerate(zip(spread, models, strict=True)):
         place = Place(
@@ -327,7 +327,7 @@ def _execute(
             # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
             op = op.model_copy(update={"device": "cpu"})
         pool = replace(pools[i], workers=min(pools[i].workers, len(todo)))
-        stages.append((pool, (place, op, weights, store, stop_path)))
+        stages.append((pool, (place, op, weights, permit)))
     first = models[0][0]
     receipts = dataset(
         store,
@@ -339,7 +339,7 @@ def _execute(
             plan.plan_id,
             own.sink,
             own.layout,
-            run_id,
+            permit.run_id,
             first.name,
             first.revision,
             encoder_of(own.stages[-1], *models[-1]),
@@ -347,7 +347,7 @@ def _execute(
         ),
         join=join,
         storage_options=options,
-        journal=f"{run_id}-{plan.plan_id}",
+        journal=f"{permit.run_id}-{plan.plan_id}",
     )
     if listener:
         listener.started()

@@ -18,11 +18,11 @@ from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
 from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, pack, unpack, with_results
+from pipelines.heartbeat import Permit
 from pipelines.inputs import BadImage, Loader
 from pipelines.journal import Death, Record, journal_of
 from pipelines.rows import derived_seed
 from pipelines.stages import ROW_PARAMETERS, AnyStage
-from pipelines.storage import Store
 from pipelines.weights import Weights, fetch
 
 
@@ -62,12 +62,12 @@ class Place:
 class Worker:
     """Callable on one shard, a table of planned rows with results so far; returns it with this stage's results.
 
-    Empty once a stop is asked. With the name of a `journal`, a row that kills the process becomes a dead letter once
-    its successors, under the same name, have seen that it does.
+    Empty once its `permit` is over. With the name of a `journal`, a row that kills the process becomes a dead letter
+    once its successors, under the same name, have seen that it does.
     """
 
     def __init__(
-        self, place: Place, op: Op, weights: Weights, store: Store, stop_path: str, journal: str | None = None
+        self, place: Place, op: Op, weights: Weights, permit: Permit | None = None, journal: str | None = None
     ) -> None:
         self.journal = None if journal is None else journal_of(journal)
         loading = self.journal and self.journal.open(
@@ -77,8 +77,7 @@ class Worker:
         self.place = place
         self.op = op
         self.weights = weights
-        self.store = store
-        self.stop_path = stop_path
+        self.permit = permit
         folder = fetch(weights)
         self.model = op.load(folder, place.adapters.fetch()) if isinstance(op, Sampling) else op.load(folder)
         if loading:
@@ -89,7 +88,7 @@ class Worker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        if self.store.read(self.stop_path) is not None:
+        if self.permit is not None and self.permit.is_over:
             return shard.slice(0, 0)
         rows = shard.to_pylist()
         if not rows:

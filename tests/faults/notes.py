@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 PROBE = Path(__file__).parent / "probe"
 
@@ -37,12 +35,9 @@ class Notes:
         return sum(int(fields[4]) for fields in self._lines("begin"))
 
     @property
-    def seconds_between(self) -> float:
-        """The middle one of the times from one shard that a worker begins to its next."""
-        times: dict[str, list[float]] = {}
-        for when, pid, *_ in self._lines("begin"):
-            times.setdefault(pid, []).append(float(when))
-        return median([b - a for one in times.values() for a, b in pairwise(one)] or [0.0])
+    def last(self) -> float:
+        """When a worker began one last, in seconds since 1970; 0 before the first."""
+        return max((float(fields[0]) for fields in self._lines("begin")), default=0.0)
 
     @property
     def workers(self) -> set[str]:

@@ -368,7 +368,7 @@ def test_a_lora_that_changes_under_a_plan_costs_its_rows_and_no_others(
     planned = plan(job)
     store = Store(job.sink.path)
     place = Place(job.stage, 0, True, None, planned.adapters[0])
-    worker = Worker(place, job.stage.bare(), planned.models[0][0], store, "stop")
+    worker = Worker(place, job.stage.bare(), planned.models[0][0])
 
     def made() -> dict[str, tuple[str, str | None]]:
         shard = planned.plans[0].shards[0]

@@ -104,7 +104,7 @@ def process(job: Job, op: Deadly, folder: Path, answer: Any) -> None:
     [plan] = read_plans(store)
     weights, _ = identify(job.stage.model, None, None, {})
     try:
-        worker = Worker(Place(job.stage, 0, True, None), op, weights, store, "stop", "a-run")
+        worker = Worker(Place(job.stage, 0, True, None), op, weights, journal="a-run")
         load = LoadShard(store, LOADER, "", {}, "a-run")
         for shard in plan.shards:
             rows = load.load(read_shard(store, shard.file, shard.row_group))
