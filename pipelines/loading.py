@@ -65,7 +65,7 @@ Files = dict[str, tuple[LatentsHead, pa.Table] | NotLatents]
 PLACE = pa.schema(
     [
         ("file", pa.string()),
-        ("row_group", pa.int32()),
+        ("shard", pa.int32()),
         ("part", pa.string()),
         ("unless_done", pa.bool_()),
         ("redo", pa.list_(pa.string())),
@@ -77,7 +77,7 @@ def place(shard: Shard, redo: frozenset[str] | None = None, unless_done: bool = 
     """Where a shard's rows stand in its plan; with `redo`, keys, the others are left as its part says."""
     values = {
         "file": shard.file,
-        "row_group": shard.row_group,
+        "shard": shard.index,
         "part": manifest.part_path(shard.plan_id, shard.index),
         "unless_done": unless_done,
         "redo": None if redo is None else sorted(redo),
@@ -104,7 +104,7 @@ class LoadShard:
 
     def __call__(self, place: pa.Table) -> pa.Table:
         [at] = place.to_pylist()
-        table = read_shard(self.store, at["file"], at["row_group"])
+        table = read_shard(self.store, at["file"], at["shard"])
         if at["unless_done"] and self.store.read(at["part"]) is not None:
             return with_results(table, [])
         if at["redo"] is None:

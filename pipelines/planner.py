@@ -448,9 +448,9 @@ def _row_files(plan: Plan, table: pa.Table) -> Iterator[tuple[str, bytes]]:
     offset = 0
     for first in range(0, len(plan.shards), SHARDS_PER_FILE):
         shards = plan.shards[first : first + SHARDS_PER_FILE]
+        num_rows = int(shards.num_rows.sum())
         buffer = io.BytesIO()
-        with pq.ParquetWriter(buffer, table.schema, compression="zstd", write_page_checksum=True) as writer:
-            for num_rows in shards.num_rows.tolist():
-                writer.write_table(table.slice(offset, num_rows), row_group_size=num_rows)
-                offset += num_rows
+        # Not a row group for each shard: writing those took most of the time of a long plan.
+        pq.write_table(table.slice(offset, num_rows), buffer, compression="zstd", write_page_checksum=True)
+        offset += num_rows
         yield shards[0].file, buffer.getvalue()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -164,13 +165,19 @@ def refuse_other_shape(store: ObjectStore, held: dict[str, Any], shape: dict[str
             )
 
 
-def read_shard(store: ObjectStore, file: str, row_group: int) -> pa.Table:
+def read_shard(store: ObjectStore, file: str, index: int) -> pa.Table:
     """The planned rows of one shard.
 
     Raises:
         NotWhole: they are gone, or cannot be read.
     """
-    return _rows(store, file, lambda parquet: parquet.read_row_group(row_group, use_threads=False), OWN)
+    table = _rows(store, file, lambda parquet: parquet.read(use_threads=False), OWN)
+    rows = table.filter(pc.equal(table["shard"], index)).combine_chunks()
+    if not rows.num_rows:
+        raise NotWhole(
+            f"{store.uri(file)} does not hold shard {index}; the plan cannot be followed; choose a new sink.path"
+        )
+    return rows
 
 
 def read_rows(store: ObjectStore, file: str, columns: list[str]) -> pa.Table:

@@ -77,7 +77,7 @@ def _make(
     ]
     load = LoadShard(store, loaders[0], models[0][0].revision, storage_options)
     wanted = pa.array(sorted(keys), pa.string())
-    tables = [read_shard(store, shard.file, shard.row_group) for shard in shards]
+    tables = [read_shard(store, shard.file, shard.index) for shard in shards]
     tables = [load.load(table.filter(pc.is_in(table["key"], wanted))) for table in tables]
     for i, (stage, (weights, _)) in enumerate(zip(job.stages, models, strict=True)):
         place = Place(stage, i, i == len(job.stages) - 1, loaders[i], adapters[i])

@@ -402,7 +402,7 @@ def refuse_local_images(store: Store, shard: Shard) -> None:
 
     if sum(node["Alive"] for node in ray.nodes()) < 2:
         return
-    rows = read_shard(store, shard.file, shard.row_group)
+    rows = read_shard(store, shard.file, shard.index)
     for name in ("image", "mask_image", "control_image", "latents", "lora"):
         said = (value for value in rows[name].to_pylist() if value is not None)
         places = (place for value in said for place in (value.split(AND) if name == "lora" else [value]))

@@ -15,8 +15,8 @@ SHARDS_PER_FILE = 64
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of commit. `cost` is its share of the work: sample-steps × pixels. Its rows are row group `row_group` of
-    `file`."""
+    """The unit of commit. `cost` is its share of the work: sample-steps × pixels. Its rows are in `file`, where the
+    column `shard` has its index."""
 
     plan_id: str
     index: int
@@ -27,10 +27,6 @@ class Shard:
     @property
     def file(self) -> str:
         return f"{PLANS}/{self.plan_id}/rows-{self.index // SHARDS_PER_FILE:05d}.parquet"
-
-    @property
-    def row_group(self) -> int:
-        return self.index % SHARDS_PER_FILE
 
 
 class Shards(Sequence[Shard]):

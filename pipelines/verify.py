@@ -225,7 +225,7 @@ def _keys(store: Store, shard: Shard, head: manifest.PartHead | None) -> list[st
     """The planned keys of a shard, where its part does not tell them."""
     if head is not None and head.keys_digest == shard.keys_digest:
         return []
-    return [str(key) for key in read_shard(store, shard.file, shard.row_group)["key"].to_pylist()]
+    return [str(key) for key in read_shard(store, shard.file, shard.index)["key"].to_pylist()]
 
 
 def _pieces(plan: Plan, row: dict[str, Any]) -> Iterator[Piece]:
@@ -410,7 +410,7 @@ def _decode(
             continue
         found.num_rows += 1
         # What an earlier stage made was never written down.
-        planned = read_shard(store, shard.file, shard.row_group).to_pylist() if len(job.stages) == 1 else []
+        planned = read_shard(store, shard.file, shard.index).to_pylist() if len(job.stages) == 1 else []
         for mine in (one for one in planned if one["key"] == row["key"] and loader is not None):
             seen = loader([mine])[0]
             if not isinstance(seen, BadImage):

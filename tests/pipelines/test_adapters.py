@@ -372,7 +372,7 @@ def test_a_lora_that_changes_under_a_plan_costs_its_rows_and_no_others(
 
     def made() -> dict[str, tuple[str, str | None]]:
         shard = planned.plans[0].shards[0]
-        loaded = with_results(read_shard(store, shard.file, shard.row_group), [{}, {}])
+        loaded = with_results(read_shard(store, shard.file, shard.index), [{}, {}])
         return {row["id"]: (row["status"], row["error_type"]) for row in worker(loaded).to_pylist()}
 
     assert made() == {"styled": ("ok", None), "plain": ("ok", None)}

@@ -115,14 +115,14 @@ def test_planned_rows_that_are_damaged_or_gone_are_told(held: Callable[..., Path
     [shard, *_] = read_plans(store)[0].shards
     flip(rows, page(rows, "seed"))
     with pytest.raises(NotWhole, match=r"rows-00000.parquet is damaged .* choose a new sink.path"):
-        read_shard(store, shard.file, shard.row_group)
+        read_shard(store, shard.file, shard.index)
     rows.write_bytes(whole)
     names = ["kez" if name == "key" else name for name in pq.read_table(rows).column_names]
     pq.write_table(pq.read_table(rows).rename_columns(names), rows)
     with pytest.raises(NotWhole, match="is damaged"):
         read_shard(store, shard.file, 0)
     rows.write_bytes(whole)
-    with pytest.raises(NotWhole, match="is damaged"):
+    with pytest.raises(NotWhole, match="does not hold shard 63; .* choose a new sink.path"):
         read_shard(store, shard.file, 63)
 
 

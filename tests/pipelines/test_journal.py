@@ -107,7 +107,7 @@ def process(job: Job, op: Deadly, folder: Path, answer: Any) -> None:
         worker = Worker(Place(job.stage, 0, True, None), op, weights, journal="a-run")
         load = LoadShard(store, LOADER, "", {}, "a-run")
         for shard in plan.shards:
-            rows = load.load(read_shard(store, shard.file, shard.row_group))
+            rows = load.load(read_shard(store, shard.file, shard.index))
             answer.send(worker(rows).to_pylist())
         answer.send(None)
     except RunFailed as error:

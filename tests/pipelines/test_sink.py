@@ -47,7 +47,7 @@ def written(job: Job, rows: int = len(ROWS)) -> list[dict[str, Any]]:
     assert planned.new is not None
     sign = Signer(job.sink.c2pa) if job.sink.c2pa else None
     for shard in planned.new.shards:
-        table = read_shard(store, shard.file, shard.row_group)
+        table = read_shard(store, shard.file, shard.index)
         results = []
         for row in table.to_pylist():
             if "fails" in row["prompt"]:
@@ -109,7 +109,7 @@ def test_a_part_that_is_damaged_while_rows_of_it_are_made_again_is_named(
         {"status": KEPT} if row["key"] != again else {"status": "ok", "pixels": pack(pixels("x")), "attempt": 2}
         for row in loaded.to_pylist()
     ]
-    finished = with_results(read_shard(store, shard.file, shard.row_group), results)
+    finished = with_results(read_shard(store, shard.file, shard.index), results)
     [part] = (tmp_path / "out" / "manifest").rglob("*.parquet")
     part.write_bytes(part.read_bytes()[:-9])
     cut = part.read_bytes()
