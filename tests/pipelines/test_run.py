@@ -305,21 +305,51 @@ def test_a_refused_run_does_not_refuse_the_next_one(make_job: MakeJob, tmp_path:
     assert run(job).exit_code == 0
 
 
+class TakenOver:
+    """Asks the run that it listens to to stop, as another one does that takes over, `at` one of its words."""
+
+    def __init__(self, out: Path, at: str) -> None:
+        self.runs = out / "_ldm/runs"
+        self.at = at
+        self.num_waves = 0
+
+    def _take(self, word: str) -> None:
+        if word == self.at:
+            (next(self.runs.iterdir()) / "stop").touch()
+
+    def planned(self, *_: Any) -> None:
+        self._take("planned")
+
+    def redoing(self, *_: Any) -> None: ...
+
+    def started(self) -> None:
+        self.num_waves += 1
+
+    def progress(self, *_: Any) -> None:
+        self._take("progress")
+
+    def stopping(self) -> None: ...
+
+
 def test_a_run_that_is_taken_over_says_so(make_job: MakeJob, tmp_path: Path) -> None:
-    class TakenOver:
-        def planned(self, *_: Any) -> None:
-            runs = tmp_path / "out" / "_ldm" / "runs"
-            (next(runs.iterdir()) / "stop").touch()
-
-        def started(self) -> None: ...
-
-        def progress(self, *_: Any) -> None: ...
-
-        def stopping(self) -> None: ...
-
     with pytest.raises(RunAlive, match="another run has taken over"):
-        run(make_job(), listener=TakenOver())
+        run(make_job(), listener=TakenOver(tmp_path / "out", "planned"))
     assert not list((tmp_path / "out").glob("manifest/*/*"))
+
+
+def test_a_run_that_is_taken_over_in_one_wave_begins_no_other(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.runner.WAVE", 4)
+    monkeypatch.setattr("pipelines.runner.WAVE_PER_CPU", 0)
+    job = make_job(source={"rows": [f"a red circle {i}" for i in range(12)]}, stage={"batch_size": 1}, batches_per_shard=1)
+    listener = TakenOver(tmp_path / "out", "progress")
+    with pytest.raises(RunAlive, match="another run has taken over"):
+        run(job, listener=listener)
+    assert listener.num_waves == 1
+    assert 1 <= len(list((tmp_path / "out").glob("manifest/*/*"))) <= 4
+    assert run(job).exit_code == 0
+    assert len(reader.rows(tmp_path / "out")) == 12
 
 
 def test_columns_that_change_their_type_between_plans_are_read_as_text(make_job: MakeJob, tmp_path: Path) -> None:
