@@ -342,7 +342,8 @@ def test_a_run_that_is_taken_over_in_one_wave_begins_no_other(
 ) -> None:
     monkeypatch.setattr("pipelines.runner.WAVE", 4)
     monkeypatch.setattr("pipelines.runner.WAVE_PER_CPU", 0)
-    job = make_job(source={"rows": [f"a red circle {i}" for i in range(12)]}, stage={"batch_size": 1}, batches_per_shard=1)
+    rows = [f"a red circle {i}" for i in range(12)]
+    job = make_job(source={"rows": rows}, stage={"batch_size": 1}, batches_per_shard=1)
     listener = TakenOver(tmp_path / "out", "progress")
     with pytest.raises(RunAlive, match="another run has taken over"):
         run(job, listener=listener)
