@@ -1,9 +1,9 @@
 """How long until a run goes on that has half of a very long plan behind it, and how much memory that takes.
 
-    python -m benchmarks.resume [--shards 1000000] [--without-peer]
+    python -m benchmarks.resume [--shards 1000000] [--rows-per-shard 8] [--without-peer]
 
-Ours: a table of that many rows, one row a shard, planned; half of the shards' parts exist (stand-ins: a resume only
-lists them). `ldm-batch run` of that job is timed until the first new part stands in the output.
+Ours: a table of that many rows, planned; half of the shards' parts exist (stand-ins: a resume only lists them). A shard
+is one batch, a quarter of what a shard is where nothing is said. `ldm-batch run` of that job is timed until the first new part stands in the output.
 
 The peer: Ray Data with its job checkpoint (`ray.data.checkpoint.CheckpointConfig`) on as many rows, half of them done
 by an earlier run, timed until the second run has written its first file. Memory is the sum of the proportional set
@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +38,32 @@ FILES = 20
 """Of the peer's input."""
 
 
-def measure(num_shards: int = 1_000_000, with_peer: bool = True, seed: int = 0) -> dict[str, Any]:
+def measure(
+    num_shards: int = 1_000_000, rows_per_shard: int = 8, with_peer: bool = True, seed: int = 0
+) -> dict[str, Any]:
     """The figures, ours and the peer's."""
     with tempfile.TemporaryDirectory() as folder:
-        result: dict[str, Any] = {"shards": num_shards, **_ours(Path(folder), num_shards, seed)}
+        result: dict[str, Any] = {"shards": num_shards, **_ours(Path(folder), num_shards, rows_per_shard, seed)}
     if with_peer:
         with tempfile.TemporaryDirectory() as folder:
-            result |= _peer(Path(folder), num_shards)
+            result |= _peer(Path(folder), num_shards * rows_per_shard)
         result["times_faster"] = round(result["peer_first_s"] / result["first_s"], 1)
         result["times_less_memory"] = round(result["peer_peak_mb"] / result["peak_mb"], 1)
     return result
 
 
-def _ours(folder: Path, num_shards: int, seed: int) -> dict[str, Any]:
+def _plan(job: Path) -> str:
+    return plan(load_job(job)).plans[0].plan_id
+
+
+def _ours(folder: Path, num_shards: int, rows_per_shard: int, seed: int) -> dict[str, Any]:
     table = folder / "prompts.csv"
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "prompt"])
-        writer.writerows([f"row-{i}", f"a small red circle {i}"] for i in range(num_shards))
-    stage = {"op": "txt2img", "model": "builtin:shapes", "batch_size": 1, "num_inference_steps": 1, "workers": 1}
+        writer.writerows([f"row-{i}", f"a small red circle {i}"] for i in range(num_shards * rows_per_shard))
+    stage: dict[str, Any] = {"op": "txt2img", "model": "builtin:shapes", "num_inference_steps": 1, "workers": 1}
+    stage["batch_size"] = rows_per_shard
     data = {
         "source": {"path": str(table)},
         "stages": [stage],
@@ -64,15 +73,16 @@ def _ours(folder: Path, num_shards: int, seed: int) -> dict[str, Any]:
     job = folder / "job.yaml"
     job.write_text(yaml.safe_dump(data))
     start = time.perf_counter()
-    planned = plan(load_job(job))
+    # In a process of its own, whose memory is then free.
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+        plan_id = other.submit(_plan, job).result()
     planning_s = time.perf_counter() - start
-    parts = folder / "out" / "manifest" / planned.plans[0].plan_id
+    parts = folder / "out" / "manifest" / plan_id
     parts.mkdir(parents=True)
     order = random.Random(seed).sample(range(num_shards), num_shards)
     for i in order[: num_shards // 2]:
         (parts / f"{i:06d}.parquet").write_bytes(b"stand-in")
     left = sorted(order[num_shards // 2 :])[:256]
-    del planned
     command = [sys.executable, "-m", "pipelines", "run", str(job)]
     first_s, peak_mb, driver_mb = watch(command, lambda: any((parts / f"{i:06d}.parquet").exists() for i in left))
     return {
@@ -169,9 +179,10 @@ def _memory_mb(root: int) -> dict[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=1_000_000)
+    parser.add_argument("--rows-per-shard", type=int, default=8)
     parser.add_argument("--without-peer", action="store_true")
     args = parser.parse_args()
-    print(json.dumps(measure(args.shards, not args.without_peer)))
+    print(json.dumps(measure(args.shards, args.rows_per_shard, not args.without_peer)))
 
 
 if __name__ == "__main__":
