@@ -2,8 +2,8 @@
 
     python -m benchmarks.resume [--shards 1000000] [--rows-per-shard 8] [--without-peer]
 
-Ours: a table of that many rows, planned; half of the shards' parts exist (stand-ins: a resume only lists them). A shard
-is one batch, a quarter of what a shard is where nothing is said. `ldm-batch run` of that job is timed until the first new part stands in the output.
+Ours: a table of that many rows, planned; half of the shards' parts exist (stand-ins: a resume only lists them).
+`ldm-batch run` of that job is timed until the first new part stands in the output.
 
 The peer: Ray Data with its job checkpoint (`ray.data.checkpoint.CheckpointConfig`) on as many rows, half of them done
 by an earlier run, timed until the second run has written its first file. Memory is the sum of the proportional set
