@@ -23,6 +23,7 @@ from ldm_ops.describe import WITH_T5, ModelFacts
 from pipelines import manifest
 from pipelines.adapters import StageAdapters, adapter_settings, identify_adapters
 from pipelines.chunk import Chunk
+from pipelines.cutting import shard_of_batch
 from pipelines.errors import JobError
 from pipelines.images import MIME_TYPES, encode, refuse_missing
 from pipelines.job import Job, digest
@@ -48,9 +49,6 @@ from pipelines.unused import refuse_unused, unused
 from pipelines.weights import Weights, identify
 
 MAX_PROBLEMS = 5
-AUTO_SHARDS = 16
-AUTO_MAX_BATCHES = 8
-AUTO_MAX_PIXEL_BYTES = 192 << 20
 
 WRITTEN = ("images", "data", "thumbnails", "intermediates", "manifest", "_ldm")
 """Folders of an output."""
@@ -375,24 +373,23 @@ class _Planner:
         first_batch = np.concatenate([[0], np.cumsum(per_bucket)[:-1]])
         batch = first_batch[bucket] + within // size
         num_batches = int(per_bucket.sum())
-        per_shard = self.job.batches_per_shard
-        if per_shard == "auto":
-            # Images of unknown size count as a square of 1024.
-            sides = int(np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 1 << 20)).max())
-            sides *= math.prod(SCALES.get(stage.op, 1) ** 2 for stage in self.job.stages)
-            fitting = int(AUTO_MAX_PIXEL_BYTES // max(1, sides * 3 * size))
-            per_shard = int(max(1, min(num_batches // AUTO_SHARDS, AUTO_MAX_BATCHES, fitting)))
-        shard = batch // per_shard
+        cost = _cost(table)
+        grown = math.prod(SCALES.get(stage.op, 1) ** 2 for stage in self.job.stages)
+        firsts = np.flatnonzero(np.diff(batch, prepend=-1))
+        shard = shard_of_batch(
+            np.add.reduceat(cost, firsts),
+            np.add.reduceat(_pixels(table) * 3 * grown, firsts),
+            self.job.batches_per_shard,
+        )[batch]
         table = table.append_column("batch", pa.array(batch.astype(np.int32))).append_column(
             "shard", pa.array(shard.astype(np.int32))
         )
         keys = table["key"].to_pylist()
-        cost = _cost(table)
         bounds = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), table.num_rows)
         pieces = [(int(a), int(b)) for a, b in pairwise(bounds)]
         digests = [manifest.keys_digest(keys[a:b]) for a, b in pieces]
         pools = [[stage.batch_size, stage.num_threads] for stage in self.job.stages]
-        plan_id = digest([PROTOCOL, pools, per_shard, digests])[:16]
+        plan_id = digest([PROTOCOL, pools, digests])[:16]
         costs = np.add.reduceat(cost, bounds[:-1])
         shards = Shards.all_of(plan_id, np.diff(bounds), costs, "".join(digests))
         plan = Plan(
@@ -401,7 +398,6 @@ class _Planner:
             settings=self.settings,
             batch_size=size,
             num_threads=self.job.stage.num_threads,
-            batches_per_shard=per_shard,
             num_rows=table.num_rows,
             num_batches=num_batches,
             num_wrong=table.num_rows - int(table["problem"].null_count),
@@ -422,13 +418,17 @@ class _Planner:
         return plan, table, buckets
 
 
+def _pixels(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Of each row's picture; one of unknown size counts as a square of 1024."""
+    return np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 1 << 20), dtype=np.float64)
+
+
 def _cost(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Relative device work of each row: steps × pixels, twice with guidance."""
-    steps = np.asarray(pc.fill_null(table["num_inference_steps"], 0), dtype=np.float64)
-    pixels = np.asarray(pc.fill_null(pc.multiply(table["height"], table["width"]), 1 << 20), dtype=np.float64)
+    steps = np.asarray(pc.fill_null(table["num_inference_steps"], 1), dtype=np.float64)
     strength = np.asarray(pc.fill_null(table["strength"], 1.0), dtype=np.float64)
     guided = np.where(np.asarray(pc.fill_null(table["guidance_scale"], 0.0)) > 1, 2.0, 1.0)
-    return np.asarray(steps * strength * pixels * guided)
+    return np.asarray(steps * strength * _pixels(table) * guided)
 
 
 def _origin(job: Job) -> str:

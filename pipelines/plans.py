@@ -38,7 +38,6 @@ class Plan:
     settings: dict[str, Any]
     batch_size: int
     num_threads: int
-    batches_per_shard: int
     num_rows: int
     num_batches: int
     num_wrong: int
@@ -57,7 +56,7 @@ class Plan:
         """
         value = json.loads(data)
         plan = cls(**{**value, "shards": Shards.all_of(value["plan_id"], **value["shards"])})
-        numbers = (plan.batch_size, plan.num_threads, plan.batches_per_shard, plan.num_rows, plan.num_batches)
+        numbers = (plan.batch_size, plan.num_threads, plan.num_rows, plan.num_batches)
         texts = (plan.plan_id, plan.keys_digest, plan.created_at)
         # It becomes part of paths.
         if re.fullmatch(r"[0-9A-Za-z]{1,64}", str(plan.plan_id)) is None:

@@ -162,6 +162,8 @@ def run(
     def prepare(store: Store) -> Work:
         planned = plan(job, limit, extend)
         todo = [(p, shards) for p in planned.plans if (shards := unfinished(store, p))]
+        # The longest first, so that at the end of a run nobody waits for one of them.
+        todo = [(p, shards.take(np.argsort(-shards.cost, kind="stable"))) for p, shards in todo]
         if join:
             # Another run walks the same lists from the front; where both meet, `load_shard` sees what is done.
             todo = [(p, shards.take(np.random.default_rng().permutation(len(shards)))) for p, shards in todo]
