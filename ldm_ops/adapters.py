@@ -80,10 +80,12 @@ NO_ADAPTERS = Adapters()
 
 
 class LoraSlot:
-    """The LoRAs that a pipeline holds at the moment."""
+    """The LoRAs that a pipeline holds at the moment; `of_text` are the same where its text encoders hold any of them,
+    else empty."""
 
     def __init__(self) -> None:
         self.held: Loras = ()
+        self.of_text: Loras = ()
 
     def hold(self, pipe: Any, wanted: Loras) -> None:
         """Make the pipeline hold exactly these; without any it is what it was before the first.
@@ -97,10 +99,12 @@ class LoraSlot:
         if [path for path, _ in wanted] != [path for path, _ in self.held]:
             if self.held:
                 pipe.unload_lora_weights()
-            self.held = ()
+            self.held = self.of_text = ()
             self._load(pipe, names, [path for path, _ in wanted])
         if wanted:
             pipe.set_adapters(names, adapter_weights=[scale for _, scale in wanted])
+            of_text = any(part.startswith("text_encoder") and held for part, held in pipe.get_list_adapters().items())
+            self.of_text = wanted if of_text else ()
         self.held = wanted
 
     def _load(self, pipe: Any, names: Sequence[str], paths: Sequence[Path]) -> None:

@@ -16,6 +16,7 @@ from pydantic import Field
 from ldm_ops.describe import PROMPT_ENCODERS, WITH_T5
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
+from ldm_ops.prompts import encode
 from ldm_ops.sampling import ModelName, too_long
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ class TextEncoders:
     """A pipeline with its tokenizers and text encoders alone, and in which order `encode_prompt` returns what."""
 
     pipe: Any
-    device: str
     returns: tuple[str | None, ...]
-    accepts: frozenset[str]
 
 
 class Embed(Op):
@@ -72,7 +71,6 @@ class Embed(Op):
         if name not in PROMPT_ENCODERS:
             raise ValueError(f"{folder} is a {name}; embed knows {', '.join(sorted(PROMPT_ENCODERS))}")
         cls = getattr(diffusers, name)
-        accepts = frozenset(inspect.signature(cls.encode_prompt).parameters)
         if self.max_sequence_length is not None and name not in WITH_T5:
             raise ValueError(f"{folder} is a {name}, without a T5; leave max_sequence_length out")
         left_out: dict[str, Any] = {
@@ -98,7 +96,7 @@ class Embed(Op):
             # SD3 asks its denoiser, which is not here, how wide the T5 would be that it lacks.
             config = SimpleNamespace(**json.loads(shape.read_text(encoding="utf-8")))
             object.__setattr__(pipe, "transformer", SimpleNamespace(config=config))
-        return TextEncoders(pipe, device, PROMPT_ENCODERS[name], accepts)
+        return TextEncoders(pipe, PROMPT_ENCODERS[name])
 
     def run(self, model: TextEncoders, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Embed one caption per row.
@@ -115,8 +113,7 @@ class Embed(Op):
         if self.long_prompts == "error" and any(truncated):
             raise RowRefused("prompt.too_long", "the caption has more tokens than the text encoder takes")
         with torch.inference_mode():
-            found = model.pipe.encode_prompt(**self._arguments(model, [row["prompt"] for row in rows]))
-        by_name = {name: value for name, value in zip(model.returns, found, strict=False) if name is not None}
+            by_name = encode(model.pipe, model.returns, [row["prompt"] for row in rows], **self._options(model))
         embeds_BTD = self._stored(by_name["prompt_embeds"])
         pooled = self._stored(by_name["pooled_prompt_embeds"]) if "pooled_prompt_embeds" in by_name else None
         lengths = [embeds_BTD.shape[1]] * len(rows)
@@ -136,21 +133,9 @@ class Embed(Op):
             for i, length in enumerate(lengths)
         ]
 
-    def _arguments(self, model: TextEncoders, prompts: list[str]) -> dict[str, Any]:
-        # Some pipelines ask for the prompts of their other encoders; with None those get the first one's.
-        others: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in model.accepts}
-        # What a caption gives in guidance's other half belongs to the null caption's own row.
-        guidance = {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in model.accepts else {}
+    def _options(self, model: TextEncoders) -> dict[str, Any]:
         length = sequence_length(model.pipe, self.max_sequence_length)
-        longest = {"max_sequence_length": length} if length is not None else {}
-        return {
-            "prompt": prompts,
-            "device": model.device,
-            "num_images_per_prompt": 1,
-            **others,
-            **guidance,
-            **longest,
-        }
+        return {} if length is None else {"max_sequence_length": length}
 
     def _stored(self, values: torch.Tensor) -> torch.Tensor:
         import torch

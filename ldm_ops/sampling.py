@@ -17,6 +17,7 @@ from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.pixels import as_BCHW, from_uint8, grey, is_one_colour, to_uint8
+from ldm_ops.prompts import Prompts
 from ldm_ops.schedulers import make_scheduler, scheduler_name
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ ModelName = Annotated[str, StringConstraints(min_length=1)]
 
 @dataclass
 class Pipeline:
-    """A loaded pipeline. `checker` is the safety checker taken off it, so that it can flag without blackening."""
+    """A loaded pipeline. `checker` is the safety checker taken off it, so that it can flag without blackening.
+    `prompts` is None where the pipeline has to be called with the prompts themselves."""
 
     pipe: Any
     checker: Any
@@ -38,6 +40,7 @@ class Pipeline:
     accepts: frozenset[str]
     controlled: bool = False
     loras: LoraSlot = field(default_factory=LoraSlot)
+    prompts: Prompts | None = None
 
 
 @dataclass
@@ -160,6 +163,7 @@ class Sampling(Op):
             scheduler_config=pipe.scheduler.config,
             accepts=frozenset(inspect.signature(pipe.__call__).parameters),
             controlled=adapters.controlnet is not None,
+            prompts=Prompts.of(pipe, index["_class_name"]),
         )
 
     def bucket(self, row: Row) -> tuple[Any, ...]:
@@ -235,7 +239,7 @@ class Sampling(Op):
 
         first = rows[0]
         arguments: dict[str, Any] = {
-            "prompt": [row["prompt"] for row in rows],
+            **self._text(model, rows),
             "num_inference_steps": first["num_inference_steps"],
             "guidance_scale": first["guidance_scale"],
             # On the CPU whatever the device, so that the noise of a seed is the same everywhere.
@@ -251,8 +255,6 @@ class Sampling(Op):
             arguments["control_image" if "control_image" in model.accepts else "image"] = from_uint8(control)
             scale = "controlnet_conditioning_scale" if adapter is None else "adapter_conditioning_scale"
             arguments[scale] = float(first["controlnet_conditioning_scale"])
-        if first["negative_prompt"]:
-            arguments["negative_prompt"] = [row["negative_prompt"] or "" for row in rows]
         if kept is not None:
             own = arguments.get("callback_on_step_end")
             arguments["callback_on_step_end"] = kept if own is None else _Both(own, kept)
@@ -260,6 +262,14 @@ class Sampling(Op):
             if name in arguments and name not in model.accepts:
                 raise RowRefused("model.unsupported", f"{type(model.pipe).__name__} takes no {name}")
         return arguments
+
+    def _text(self, model: Pipeline, rows: Sequence[Row]) -> dict[str, Any]:
+        prompts = [row["prompt"] for row in rows]
+        negative = [row["negative_prompt"] or "" for row in rows] if rows[0]["negative_prompt"] else None
+        if model.prompts is not None:
+            guided = rows[0]["guidance_scale"] > 1
+            return model.prompts.arguments(model.pipe, prompts, negative, guided, model.loras.of_text)
+        return {"prompt": prompts} if negative is None else {"prompt": prompts, "negative_prompt": negative}
 
     def _flag(self, model: Pipeline, images_BCHW: torch.Tensor) -> list[bool] | None:
         if model.checker is None:

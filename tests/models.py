@@ -15,8 +15,10 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    FluxTransformer2DModel,
     LDMSuperResolutionPipeline,
     PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -359,3 +361,40 @@ def tiny_pixart() -> PixArtAlphaPipeline:
     return PixArtAlphaPipeline(
         tokenizer=pieces, text_encoder=encoder, vae=None, transformer=None, scheduler=DDIMScheduler()
     )
+
+
+def whole_flux() -> FluxPipeline:
+    """`tiny_flux` with a denoiser and an autoencoder."""
+    text = tiny_flux()
+    torch.manual_seed(3)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=[4, 4, 8],
+    )
+    parts = {**text.components, "transformer": transformer, "vae": vae(shift_factor=0.1, scaling_factor=0.4)}
+    return FluxPipeline(**parts)
+
+
+def whole_pixart() -> PixArtAlphaPipeline:
+    """`tiny_pixart` with a denoiser and an autoencoder; it denoises at 256 px, its smallest."""
+    text = tiny_pixart()
+    torch.manual_seed(3)
+    transformer = PixArtTransformer2DModel(
+        sample_size=32,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+    )
+    return PixArtAlphaPipeline(**{**text.components, "transformer": transformer, "vae": vae()})
