@@ -5,8 +5,9 @@
 A table of 3 sizes × 3 step counts × guidance on and off, drawn for each row and so shuffled, is planned with
 `batch_size: 8` and everything else as it is; each of its shards goes through the loader and the worker of a run. Only
 the model is none: the op counts, for each device batch that it is given, the rows, padding too, and the calls of the
-U-Net that a plain sampler makes. A sample-step is one row in one call; with guidance a row is two. Against that: batches
-of 8 in the table's order, each split into groups that a pipeline can take, which pads nothing.
+U-Net that a plain sampler makes. A sample-step is one row in one call; with guidance a row is two.
+
+Against that: batches of 8 in the table's order, each split into groups that a pipeline can take, which pads nothing.
 """
 
 from __future__ import annotations

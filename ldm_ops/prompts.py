@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 512 << 20
 """Of host memory in each worker: some 4,000 prompts of SD 1.5 in fp16, 1,700 of SDXL, 120 of FLUX."""
+
+POOLED = "pooled_prompt_embeds"
+GIVEN = "given to projection "
 
 RETURNS: dict[str, tuple[str | None, ...]] = {**PROMPT_ENCODERS, "StableDiffusionUpscalePipeline": ("prompt_embeds",)}
 
@@ -57,10 +61,14 @@ def as_called(pipe: Any) -> dict[str, Any]:
 class Prompts:
     """The embeddings that a loaded pipeline takes in place of prompts, each distinct prompt encoded once.
 
-    Every prompt goes through the text encoders alone, in a batch of one: the last bits of an embedding depend on the
-    shape of the batch, and must depend neither on a row's neighbours nor on what was encoded before. The embeddings lie
-    in host memory, so that what fits onto the device does not depend on which rows came before either. The least
-    recently used go first.
+    Every prompt goes through the text encoders alone, in a batch of one: the last bits of an embedding can depend on
+    the shape of the batch, and must depend neither on a row's neighbours nor on what was encoded before. Only a CLIP's
+    last projection, of one vector a prompt, is done for the whole device batch, whose length is fixed: of a single
+    vector it is another kernel's work, with other last bits than those that a pipeline gets from its batch. On a CPU
+    the embeddings are then bit by bit those of the pipeline itself (measured for the sizes of CLIP-L and bigG).
+
+    What is held lies in host memory, so that what fits onto the device does not depend on which rows came before
+    either. The least recently used go first.
     """
 
     returns: tuple[str | None, ...]
@@ -110,19 +118,52 @@ class Prompts:
 
         # Before any is put together: of more than fit, the first would be gone by the last.
         rows = [self._one(pipe, prompt, adapted) for prompt in prompts]
-        return {name: torch.cat([row[name] for row in rows]).to(pipe.device) for name in rows[0]}
+        found = {name: torch.cat([row[name] for row in rows]).to(pipe.device) for name in rows[0]}
+        given = [found.pop(name) for name in rows[0] if name.startswith(GIVEN)]
+        if given:
+            projected = [project(x) for project, x in zip(_projections(pipe), given, strict=True)]
+            found[POOLED] = torch.cat(projected, dim=-1)
+        return found
 
     def _one(self, pipe: Any, prompt: str, adapted: Hashable) -> dict[str, torch.Tensor]:
         key = (adapted, prompt)
         if key in self.held:
             self.held.move_to_end(key)
             return self.held[key]
-        found = {name: x.cpu() for name, x in encode(pipe, self.returns, [prompt], **self.options).items()}
+        with _inputs(_projections(pipe)) as given:
+            found = encode(pipe, self.returns, [prompt], **self.options)
+        if POOLED in found and given:
+            del found[POOLED]
+            found |= {f"{GIVEN}{i}": x for i, x in enumerate(given)}
+        found = {name: x.cpu() for name, x in found.items()}
         self.held[key] = found
         self.num_bytes += _num_bytes(found)
         while self.num_bytes > self.max_bytes:
             self.num_bytes -= _num_bytes(self.held.popitem(last=False)[1])
         return found
+
+
+def _projections(pipe: Any) -> list[Any]:
+    """Of the text encoders that end in one; what they give, one beside the other, is the pooled embedding."""
+    encoders = (getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))
+    found = (getattr(encoder, "text_projection", None) for encoder in encoders)
+    return [projection for projection in found if projection is not None]
+
+
+@contextmanager
+def _inputs(modules: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
+    """What the modules are called with meanwhile, in order."""
+    seen: list[torch.Tensor] = []
+
+    def note(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen.append(arguments[0])
+
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _num_bytes(tensors: dict[str, torch.Tensor]) -> int:

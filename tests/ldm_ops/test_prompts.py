@@ -123,13 +123,32 @@ def test_an_embedding_does_not_depend_on_neighbours_or_on_what_was_encoded_befor
     forth = given(warm, PROMPTS)
     again = given(warm, PROMPTS)
     back = given(op.load(folders[name]), PROMPTS[::-1])
-    twice = given(op.load(folders[name]), [PROMPTS[2], PROMPTS[2], PROMPTS[1]])
+    twice = given(op.load(folders[name]), [PROMPTS[i] for i in (2, 2, 1, 2)])
     assert {"flux": 2, "sd": 2}.get(name, 4) == len(forth)
     for part, wanted in forth.items():
         assert torch.equal(again[part], wanted)
         assert torch.equal(back[part].flip(0), wanted)
-        assert torch.equal(twice[part], wanted[[2, 2, 1]])
+        assert torch.equal(twice[part], wanted[[2, 2, 1, 2]])
         assert wanted.is_contiguous()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_embeddings_have_the_bits_that_the_pipeline_gives_for_the_whole_batch(
+    name: str, folders: dict[str, Path]
+) -> None:
+    model = Txt2Img(model="x").load(folders[name])
+    assert model.prompts is not None
+    known = inspect.signature(model.pipe.encode_prompt).parameters
+    more = {k: None for k in ("prompt_2", "prompt_3") if k in known}
+    guided = "do_classifier_free_guidance" in known
+    with torch.inference_mode():
+        given = model.prompts.arguments(model.pipe, PROMPTS, [""] * 4, guided, ())
+        more |= {"do_classifier_free_guidance": True, "negative_prompt": [""] * 4} if guided else {}
+        found = model.pipe.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, **more)
+    wanted = [x for x in found if x is not None and len(x) == len(PROMPTS)]
+    assert len(wanted) == len([x for x in given.values() if x is not None])
+    for x in given.values():
+        assert x is None or any(x.shape == y.shape and torch.equal(x, y) for y in wanted)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart"])
