@@ -101,6 +101,8 @@ def in_order(table: pa.Table) -> pa.Table:
         # Latents that lie in one file are read together, and so are images.
         ("latents", "ascending"),
         ("file", "ascending"),
+        # One worker meets the rows of a prompt, one after the other, and encodes it once.
+        ("prompt", "ascending"),
         ("key", "ascending"),
     ]
     file = pc.replace_substring_regex(table["image"], GROUP, r"\1\2")

@@ -357,6 +357,13 @@ def test_batches_never_mix_what_must_be_equal(make_job: MakeJob) -> None:
     )
 
 
+def test_rows_of_one_prompt_stand_together_so_that_few_workers_encode_it(make_job: MakeJob) -> None:
+    rows = [{"prompt": f"p{i % 20}", "seed": i, "num_inference_steps": 2 + i % 2} for i in range(200)]
+    planned = planned_rows(check(make_job(source={"rows": rows}, stage={"batch_size": 4}, batches_per_shard=5)))
+    meetings = {(row["num_inference_steps"], row["prompt"], row["shard"]) for row in planned}
+    assert len(meetings) == 20  # ten rows each, in one shard
+
+
 @settings(max_examples=20, deadline=None)
 @given(order=st.permutations(range(12)))
 def test_shuffled_rows_give_the_same_plan(tiny_model: Path, order: list[int]) -> None:
