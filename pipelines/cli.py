@@ -157,12 +157,14 @@ def plan(job: JobPath, set_: Set = None, limit: Limit = None, extend: Extend = F
         store.probe()
         planned = plan_job(loaded, limit, extend)
         left = sum(len(unfinished(store, one)) for one in planned.plans)
+        # Not repeated word for word: --set may hold a secret.
+        alike = "  # with the same options" if set_ or limit or extend else ""
         _emit(
             as_json,
             planned_json(planned) | {"num_shards_left": left},
             lambda: (
                 f"{planned_text(planned)}\n{left} of {planned.num_shards} shards are left to do\n"
-                f"next:\n  ldm-batch run {shlex.quote(str(job))}"
+                f"next:\n  ldm-batch run {shlex.quote(str(job))}{alike}"
             ),
         )
 
@@ -194,7 +196,7 @@ def run(
             progress.done()
         from dataclasses import asdict
 
-        _emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary))
+        _emit(as_json, asdict(summary), lambda: summary_text(loaded, summary))
         raise typer.Exit(summary.exit_code)
 
 
@@ -342,7 +344,7 @@ def _redo(
     finally:
         progress.done()
     value = asdict(summary) | {"num_wrong": hopeless()}
-    _emit(as_json, value, lambda: summary_text(job, loaded, summary) + _hopeless(hopeless()))
+    _emit(as_json, value, lambda: summary_text(loaded, summary) + _hopeless(hopeless()))
     raise typer.Exit(summary.exit_code)
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shutil
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import median
 from threading import Barrier
 from typing import Any, Literal
@@ -78,6 +81,8 @@ def doctor(url: str, storage_options: dict[str, Any] | None = None) -> Diagnosis
     finally:
         for path in store.list(folder):
             store.delete(path)
+        if store.local is not None:
+            _remove_empty(store.local, store.local / folder)
     verdicts = {finding.name: finding.verdict for finding in diagnosis.findings}
     if diagnosis.exit_code:
         diagnosis.mode = "a run cannot rely on this store; use another"
@@ -86,6 +91,12 @@ def doctor(url: str, storage_options: dict[str, Any] | None = None) -> Diagnosis
     else:
         diagnosis.mode = "read-back: what is committed stays whole, but two runs at once may both make a shard"
     return diagnosis
+
+
+def _remove_empty(root: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        (root / "_ldm").rmdir()  # Of an output it is not empty.
 
 
 def _read_after_write(store: Store, path: str) -> tuple[Verdict, str]:

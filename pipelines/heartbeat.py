@@ -118,14 +118,14 @@ def live_runs(store: Store, now_s: float) -> list[dict[str, Any]]:
     return alive
 
 
-def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool) -> None:
+def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool, way_out: str) -> None:
     """Leave an output to the run that works on it, unless told otherwise; `own` has beaten already.
 
     Only an older run counts: of two that start together one has to go on, and one that was refused must not refuse
     the next.
 
     Raises:
-        RunAlive: with who and where.
+        RunAlive: with who and where, and `way_out`.
     """
     beat = store.info(f"{RUNS}/{own}/heartbeat.json")
     assert beat is not None
@@ -136,9 +136,7 @@ def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool) -> None:
         for other in others:
             ask_to_stop(store, other["run_id"])
         return
-    raise RunAlive(
-        f"{store.url}: {describe(others[0])}; wait for it, or pass --join to help it or --takeover to replace it"
-    )
+    raise RunAlive(f"{store.url}: {describe(others[0])}; {way_out}")
 
 
 def describe(run: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ The very callables of a run do it, one after the other in this process; what the
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,4 +94,5 @@ def _make(
             write(table)
         return {row["key"]: row for table in manifest.read_tables(memory) for row in table.to_pylist()}
     finally:
-        fsspec.filesystem("memory").rm(memory.url, recursive=True)
+        with suppress(FileNotFoundError):
+            fsspec.filesystem("memory").rm(memory.url, recursive=True)

@@ -10,6 +10,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,6 +82,10 @@ Rows = dict[tuple[str, int], frozenset[str] | None]
 """(plan id, shard) -> keys of rows to make again; None where a shard is to be done as if for the first time."""
 
 
+WAIT_OR_HELP = "wait for it, or pass --join to help it or --takeover to replace it"
+WAIT = "wait until it has ended, then give the same command again"
+
+
 @dataclass(frozen=True)
 class Work:
     """Shards to do of each plan, and what is known of them already. Of those in `redo`, only the rows named there."""
@@ -91,6 +96,14 @@ class Work:
     adapters: list[StageAdapters] = field(default_factory=list)
     num_duplicates: int = 0
     num_gone: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are to make."""
+        if not self.redo:
+            return sum(int(shards.num_rows.sum()) for _, shards in self.todo)
+        chosen = ((shard, self.redo[p.plan_id, shard.index]) for p, shards in self.todo for shard in shards)
+        return sum(shard.num_rows if keys is None else len(keys) for shard, keys in chosen)
 
 
 class Done:
@@ -171,7 +184,7 @@ def run(
             listener.planned(planned, todo)
         return Work(todo, {}, planned.models, planned.adapters, planned.num_duplicates, planned.num_gone)
 
-    return _alone(job, prepare, join, takeover, address, listener, grace_s)
+    return _alone(job, prepare, join, takeover, WAIT_OR_HELP, address, listener, grace_s)
 
 
 def redo(
@@ -203,12 +216,12 @@ def redo(
         if todo:
             store.delete("_SUCCESS")
             store.delete(manifest.METADATA_JSONL)
+        work = Work(todo, rows)
         if listener:
-            all_of = {(p.plan_id, shard.index): shard.num_rows for p, some in todo for shard in some}
-            listener.redoing(todo, sum(all_of[at] if keys is None else len(keys) for at, keys in rows.items()))
-        return Work(todo, rows)
+            listener.redoing(todo, work.num_rows)
+        return work
 
-    return _alone(job, prepare, False, False, address, listener, grace_s)
+    return _alone(job, prepare, False, False, WAIT, address, listener, grace_s)
 
 
 def _alone(
@@ -216,20 +229,24 @@ def _alone(
     prepare: Callable[[Store], Work],
     join: bool,
     takeover: bool,
+    way_out: str,
     address: str | None,
     listener: Listener | None,
     grace_s: float | None,
 ) -> Summary:
-    """Do what `prepare` finds, unless another run is at it."""
+    """Do what `prepare` finds, unless another run is at it; `way_out` is what to do then."""
     store = Store(job.sink.path, job.sink.storage_options)
     store.probe()
     run_id = heartbeat.new_run_id()
     with heartbeat.Heartbeat(store, run_id):
         try:
-            heartbeat.refuse_if_alive(store, run_id, join, takeover)
+            heartbeat.refuse_if_alive(store, run_id, join, takeover, way_out)
             summary = _run(job, store, run_id, prepare(store), join, address, listener, grace_s)
         except BaseException as error:
-            heartbeat.end(store, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
+            # A store that has just been silent for minutes is given seconds, and what went wrong first is told.
+            with suppress(LdmError):
+                last = Store(store.url, store.storage_options)
+                heartbeat.end(last, run_id, {"error": f"{type(error).__name__}: {error}"[:2000]})
             raise
         finally:
             forget(run_id)
@@ -249,7 +266,7 @@ def _run(
 ) -> Summary:
     start = time.monotonic()
     done = Done()
-    failed = Failed(job.max_failed, sum(int(shards.num_rows.sum()) for _, shards in work.todo))
+    failed = Failed(job.max_failed, work.num_rows)
     code = EXIT_OK
     permit = heartbeat.Permit(store, run_id)
     if work.todo:

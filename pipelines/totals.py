@@ -107,13 +107,13 @@ def write_success(store: ObjectStore, totals: Totals) -> None:
     if totals.num_done != totals.num_planned or totals.num_shards_done != totals.num_shards:
         raise NotWhole(
             f"{store.url}: {totals.num_planned} rows planned, {totals.num_done} in the manifest "
-            f"({totals.num_shards_done} of {totals.num_shards} shards); run the same command again"
+            f"({totals.num_shards_done} of {totals.num_shards} shards); `ldm-batch run` does the rest"
         )
-    body = json.dumps(
-        asdict(totals) | {"finished_at": datetime.now(UTC).isoformat(timespec="seconds")}, indent=1
-    ).encode()
-    if _said(store.read("_SUCCESS")).get("digest") != totals.digest:
-        store.write("_SUCCESS", body)
+    body = asdict(totals)
+    said = _said(store.read("_SUCCESS"))
+    if any(said.get(name) != value for name, value in body.items()):
+        body["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        store.write("_SUCCESS", json.dumps(body, indent=1).encode())
 
 
 def _said(data: bytes | None) -> dict[str, Any]:

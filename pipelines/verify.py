@@ -127,10 +127,13 @@ def verify(
         raise NotWhole(f"{output} holds no plan of ldm-batch; check the path")
     report = Report(output)
     counting = Counting(plans)
-    to_read, to_decode, to_make = _Lot(sample, seed), _Lot(decode, seed), _Lot(regenerate, seed)
+    # A deep look reads them all.
+    to_read = _Lot(None if deep else sample, seed)
+    to_decode, to_make = _Lot(decode, seed), _Lot(regenerate, seed)
     listing = Listing(store)
     for plan in plans:
-        for shard, rows in _parts(store, plan, counting, report):
+        for shard, stated in _parts(store, plan, counting, report):
+            rows = _inside(plan, stated, report)
             if deep:
                 _read_files(store, plan, rows, report)
             else:
@@ -141,8 +144,10 @@ def verify(
                     to_make.offer(row["key"], (plan, shard, row))
                     if row["format"] == "latents":
                         to_decode.offer(row["key"], (plan, shard, row))
-    for plan, _, row in to_read.drawn():
-        _read_files(store, plan, [row], report)
+    for plan, shard, row in to_read.drawn():
+        # What is known to be missing is not told twice.
+        if row["key"] not in (report.damage.get((plan.plan_id, shard.index)) or ()):
+            _read_files(store, plan, [row], report)
     for name in unplanned(plans, manifest.part_names(store)):
         report.fault(f"{name}: no plan names this part")
     report.totals = counting.totals()
@@ -171,17 +176,20 @@ class _Lot:
     def __init__(self, size: int | None, seed: int) -> None:
         self.size = size or 0
         self.seed = seed
-        self.heap: list[tuple[int, str, Any]] = []
+        self.heap: list[tuple[int, str, int, Any]] = []
+        self.num_offered = 0
 
     def offer(self, key: str, item: Any) -> None:
         if not self.size:
             return
         rank = int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:8], "big")
         push = heapq.heappush if len(self.heap) < self.size else heapq.heappushpop
-        push(self.heap, (-rank, key, item))
+        # Items are never compared, should a key come twice.
+        self.num_offered += 1
+        push(self.heap, (-rank, key, self.num_offered, item))
 
     def drawn(self) -> list[Any]:
-        return [item for _, _, item in sorted(self.heap, key=lambda entry: entry[:2])]
+        return [item for *_, item in sorted(self.heap, key=lambda entry: entry[:3])]
 
 
 def _parts(
@@ -247,6 +255,18 @@ def _pieces(plan: Plan, row: dict[str, Any]) -> Iterator[Piece]:
         yield Piece(row["thumbnail"], None, None, None, at)
 
 
+def _inside(plan: Plan, rows: list[dict[str, Any]], report: Report) -> list[dict[str, Any]]:
+    """Those of `rows` that name places in this output alone; a stranger's part may name any, which is never opened."""
+    fine = []
+    for row in rows:
+        names = [piece.file for piece in _pieces(plan, row)]
+        if outside := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+            report.fault(f"{outside[0]}: lies outside of this output", (plan.plan_id, row["shard"], row["key"]))
+        else:
+            fine.append(row)
+    return fine
+
+
 Fault = tuple[str, list[Place]]
 
 
@@ -285,6 +305,10 @@ class Listing:
         return None if info is None else info.num_bytes
 
 
+def _num_bytes(pieces: list[Piece]) -> int:
+    return sum(piece.num_bytes or 0 for piece in pieces)
+
+
 def _look_for_files(listing: Listing, plan: Plan, rows: list[dict[str, Any]], report: Report) -> None:
     for file, pieces in _by_file(plan, rows).items():
         size = listing.num_bytes(file) if file else None
@@ -294,6 +318,9 @@ def _look_for_files(listing: Listing, plan: Plan, rows: list[dict[str, Any]], re
             report.fault(text, *places)
         elif pieces[0].member is None and pieces[0].num_bytes is not None and pieces[0].num_bytes != size:
             report.fault(f"{file}: {size} bytes, not {pieces[0].num_bytes}", *(piece.row for piece in pieces))
+        elif pieces[0].member is not None and pieces[0].kind == "picture" and size < (least := _num_bytes(pieces)):
+            text = f"{file}: {size} bytes, fewer than the {least} of its pictures; it was cut off"
+            report.fault(text, *(piece.row for piece in pieces))
 
 
 def _read_files(store: Store, plan: Plan, rows: list[dict[str, Any]], report: Report) -> None:
@@ -371,7 +398,9 @@ def _check_success(store: Store, report: Report) -> None:
         return
     if different:
         name = different[0]
-        report.fault(f"_SUCCESS: says {name} {said[name]}, the manifest {asdict(totals)[name]}")
+        report.fault(
+            f"_SUCCESS: says {name} {said[name]}, the manifest {asdict(totals)[name]}; run the job again, which writes it"
+        )
 
 
 def _decode(

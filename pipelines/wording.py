@@ -164,7 +164,7 @@ def garbage_text(garbage: Garbage, older_than: str) -> str:
     return "\n".join(lines)
 
 
-def summary_text(path: Path, job: Job, summary: Summary) -> str:
+def summary_text(job: Job, summary: Summary) -> str:
     totals, out = summary.totals, summary.output
     lines = []
     if summary.num_new_rows:
@@ -184,5 +184,5 @@ def summary_text(path: Path, job: Job, summary: Summary) -> str:
             lines.append(f"  ls {shlex.quote(f'{out}/{folder}')}")
         lines.append(f"  python -c {shlex.quote(show)}")
     else:
-        lines += ["stopped; to do the rest:", f"  ldm-batch run {shlex.quote(str(path))}"]
+        lines.append("stopped; the same command again does the rest")
     return "\n".join(lines)

@@ -243,7 +243,7 @@ LOOKS: dict[str, Callable[[Store, str], object]] = {
     "retry": lambda store, url: Retry()(store, read_plans(store)),
     "gc": lambda store, url: gc(url, older_than_s=0.0, dry_run=True),
     "read": lambda store, url: read_manifest(url),
-    "run": lambda store, url: refuse_if_alive(store, "run-3", False, False),
+    "run": lambda store, url: refuse_if_alive(store, "run-3", False, False, "wait"),
     "left": lambda store, url: [unfinished(store, one) for one in read_plans(store)],
     "success": lambda store, url: write_success(store, count(store, read_plans(store))),
     "load": _load,

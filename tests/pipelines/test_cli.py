@@ -157,8 +157,9 @@ def test_interrupted_terminated_and_resumed_gives_the_bytes_of_an_undisturbed_ru
     done = 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run.send_signal(number)
-        _, stderr = run.communicate(timeout=60)
+        stdout, stderr = run.communicate(timeout=60)
         assert run.returncode == code, stderr
+        assert stdout.endswith("stopped; the same command again does the rest\n")
         assert "shards in flight are finished first" in stderr
         assert "Traceback" not in stderr
         before, done = done, len(reader.rows(tmp_path / "out"))

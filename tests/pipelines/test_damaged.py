@@ -160,7 +160,7 @@ def test_heartbeats_and_last_words_that_cannot_be_read_stop_nobody_from_looking(
         totals, runs = status(str(out))
         assert runs[0]["ended"] in ({}, {"host": 1}, {"run_id": "\ud800"})
         with pytest.raises(RunAlive, match="run run-2 on a host that it does not name"):
-            refuse_if_alive(Store(str(out)), "run-3", False, False)
+            refuse_if_alive(Store(str(out)), "run-3", False, False, "wait")
         write_success(Store(str(out)), totals)
         assert json.loads((out / "_SUCCESS").read_text())["digest"] == totals.digest
 

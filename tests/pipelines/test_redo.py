@@ -15,10 +15,12 @@ import yaml
 from PIL import Image
 
 from pipelines.dead_letters import Retry, groups, write_csv
-from pipelines.errors import JobError, NotWhole
+from pipelines.errors import JobError, NotWhole, RunAlive, RunFailed
+from pipelines.heartbeat import Heartbeat
 from pipelines.job import Job
 from pipelines.planner import plan
 from pipelines.runner import redo, run
+from pipelines.storage import Store
 from pipelines.verify import damage, verify
 from tests.ldm_ops.rows import picture
 from tests.pipelines.test_sink import sink_job, written
@@ -138,6 +140,31 @@ def test_a_row_that_comes_out_otherwise_is_a_fault(make_job: MakeJob, tmp_path: 
     assert report.regenerated is not None
     assert (report.regenerated.num_rows, report.regenerated.num_same) == (1, 0)
     assert f"{row['uri']}: made again it has other bytes (then on cpu" in "\n".join(report.faults)
+
+
+def test_an_unfinished_output_is_finished_by_run_and_max_failed_counts_the_rows_made_again(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    job, paths = from_images(make_job, tmp_path)
+    plan(job)
+    paths[0].rename(paths[0].with_suffix(".away"))
+    with pytest.raises(NotWhole, match="5 rows planned, 2 in the manifest .*; `ldm-batch run` does the rest"):
+        redo(job, lambda store, plans: {(plans[0].plan_id, 0): None})
+    assert redo(job, lambda store, plans: {(plans[0].plan_id, n): None for n in (1, 2)}).totals.num_failed == 1
+    # One row is made again, and fails: all there is, though another one stands in its shard.
+    strict = job.model_copy(update={"max_failed": "50%"})
+    with pytest.raises(RunFailed, match="1 rows failed, max_failed is 50%"):
+        redo(strict, Retry())
+
+
+def test_a_run_that_is_alive_is_no_place_for_options_that_retry_has_not(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job()
+    plan(job)
+    with (
+        Heartbeat(Store(str(tmp_path / "out")), "20260101T000000-abcdef"),
+        pytest.raises(RunAlive, match=r"is alive, .*; wait until it has ended, then give the same command again$"),
+    ):
+        redo(job, Retry())
 
 
 def test_errors_are_grouped_and_their_table_computes_nothing(sink_job: MakeJob, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_parts_that_no_plan_names_and_counts_that_disagree_are_found(
     (out / "_SUCCESS").write_text(json.dumps(said | {"num_ok": 9}))
     first, second = verify(str(out), deep=True).faults
     assert first.endswith("000007.parquet: no plan names this part")
-    assert second == "_SUCCESS: says num_ok 9, the manifest 2"
+    assert second.startswith("_SUCCESS: says num_ok 9, the manifest 2; run the job again")
     shutil.rmtree(out / "_ldm" / "plans")
     with pytest.raises(NotWhole, match="holds no plan of ldm-batch"):
         verify(str(out), deep=True)
@@ -155,6 +155,50 @@ def test_a_sample_reads_the_files_of_so_many_rows_chosen_by_its_seed(
     assert {report.exit_code for report in reports} == {0, 4}
     again = [verify(str(tmp_path / "out"), sample=1, seed=seed) for seed in range(32)]
     assert again == reports
+
+
+def test_what_is_missing_is_told_once_whoever_looks_for_it(sink_job: Callable[..., Job], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    whole(sink_job())
+    of("images")(out).unlink()
+    report = verify(str(out), sample=5)
+    assert (report.num_faults, report.num_files_read) == (1, 1)
+    report = verify(str(out), deep=True, sample=5)
+    assert (report.num_faults, report.num_rows_read) == (1, 3)
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_a_file_of_pictures_that_is_cut_off_is_found_by_listing(
+    sink_job: Callable[..., Job], tmp_path: Path, layout: str
+) -> None:
+    whole(sink_job(layout=layout))
+    path = of("data")(tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:2000])
+    [fault] = verify(str(tmp_path / "out")).faults
+    assert fault.startswith(f"data/{path.name}: 2000 bytes, fewer than the ")
+
+
+@pytest.mark.parametrize("uri", ["/dev/zero", "images/../../elsewhere"])
+def test_what_a_stranger_names_outside_of_an_output_is_not_opened(
+    sink_job: Callable[..., Job], tmp_path: Path, uri: str
+) -> None:
+    out = tmp_path / "out"
+    whole(sink_job())
+    tell_other("uri", uri)(of("manifest")(out))
+    for deep in (False, True):
+        report = verify(str(out), deep=deep, sample=2)
+        assert report.faults == [f"{uri}: lies outside of this output"] * 2
+        assert report.num_bytes_read == 0
+
+
+def test_a_mark_that_says_other_numbers_is_written_anew(sink_job: Callable[..., Job], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    whole(sink_job())
+    said = json.loads((out / "_SUCCESS").read_text())
+    (out / "_SUCCESS").write_text(json.dumps(said | {"num_ok": 9}))
+    store = Store(str(out))
+    write_success(store, count(store, read_plans(store)))
+    assert verify(str(out)).faults == []
 
 
 def test_only_latents_can_be_decoded(sink_job: Callable[..., Job], tmp_path: Path) -> None:
