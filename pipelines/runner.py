@@ -111,11 +111,13 @@ class Done:
 
     def __init__(self) -> None:
         self.num_rows = 0
+        self.num_left = 0
         self.first_error: str | None = None
 
     def add(self, receipt: dict[str, Any]) -> None:
         if receipt["outcome"] == "mine":
             self.num_rows += receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
+        self.num_left += receipt["num_left"]
         self.first_error = self.first_error or receipt["first_error"]
 
 
@@ -293,6 +295,11 @@ def _run(
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
     # Read again: a plan may have been added meanwhile.
     totals = count(store, read_plans(store))
+    if code == EXIT_OK and done.num_left:
+        raise NotWhole(
+            f"{store.url}: {done.num_left} rows could not be made again ({done.first_error}); they stay as they were, "
+            "and `ldm-batch verify --deep` says what of them is lost"
+        )
     if code == EXIT_OK:
         if job.sink.metadata_jsonl:
             write_metadata(store)

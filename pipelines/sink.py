@@ -36,11 +36,13 @@ RECEIPT = pa.schema(
         ("num_failed", pa.int64()),
         ("num_filtered", pa.int64()),
         ("num_bytes", pa.int64()),
+        ("num_left", pa.int64()),
         ("outcome", pa.string()),
         ("first_error", pa.string()),
     ]
 )
-"""What the driver hears of a committed shard. `outcome`: mine, or theirs where another run was first."""
+"""What the driver hears of a committed shard: of the rows that were made, how they ended. `num_left` of those that did
+not end as ok stay in the manifest as they were. `outcome`: mine, or theirs where another run was first."""
 
 _INTERNAL = {
     "problem",
@@ -95,8 +97,11 @@ class ShardWriter:
         before = manifest.read_rows(self.store.read(path) or b"") if again else {}
         if any(row["status"] == KEPT and row["key"] not in before for row in rows):
             raise NotWhole(f"{path} was damaged while rows of it were made again; run `ldm-batch repair`")
+        left = {row["key"] for row in rows if row["status"] not in ("ok", KEPT) and self._is_there(before, row["key"])}
         records = [
-            before[row["key"]] if row["status"] == KEPT else self._record(row, index, puts.append, pictures.append)
+            before[row["key"]]
+            if row["status"] == KEPT or row["key"] in left
+            else self._record(row, index, puts.append, pictures.append)
             for row in rows
         ]
         passed = self._passed(shard)
@@ -116,16 +121,33 @@ class ShardWriter:
         )
         part = manifest.part_bytes(self._table(shard, records, passed), head)
         outcome = commit_shard(self.store, puts, path, part, head.attempt, manifest.attempt_of, again=again)
-        made = [record for record, row in zip(records, rows, strict=True) if row["status"] != KEPT]
+        made = [row for row in rows if row["status"] != KEPT]
         errors = [f"{r['error_type']}: {r['error_message']}" for r in made if r["status"] == "failed"]
         receipt = {
             "shard": index,
             **{f"num_{s}": sum(r["status"] == s for r in made) for s in counts},
             "num_bytes": len(part) + sum(len(data) for _, data in puts),
+            "num_left": len(left),
             "outcome": outcome,
             "first_error": errors[0] if errors else None,
         }
         return pa.Table.from_pylist([receipt], schema=RECEIPT)
+
+    def _is_there(self, before: dict[str, dict[str, Any]], key: str) -> bool:
+        """Whether what an earlier attempt made of a row is whole: a repair must not lose it, where it can no longer be
+        made; it may be a thumbnail that was missing."""
+        record = before.get(key)
+        if record is None or record["status"] != "ok":
+            return False
+        file, _, member = (record["uri"] or "").partition("#")
+        data = self.store.read(file)
+        if data is None or not member:
+            return data is not None and hashlib.sha256(data).hexdigest()[:12] in file
+        try:
+            body = shard_file.read(data, [member]).get(member)
+        except ValueError:
+            return False
+        return body is not None and hashlib.sha256(body).hexdigest() == record["sha256"]
 
     def _record(self, row: dict[str, Any], index: int, put: Put, picture: Callable[[Picture], None]) -> dict[str, Any]:
         """The manifest row; its picture is put, or handed on where a shard's pictures make one file."""

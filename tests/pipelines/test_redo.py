@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.dead_letters import Retry, groups, write_csv
 from pipelines.errors import JobError, NotWhole, RunAlive, RunFailed
 from pipelines.heartbeat import Heartbeat
-from pipelines.job import Job
+from pipelines.job import Job, Sink
 from pipelines.planner import plan
 from pipelines.runner import redo, run
 from pipelines.storage import Store
@@ -140,6 +140,30 @@ def test_a_row_that_comes_out_otherwise_is_a_fault(make_job: MakeJob, tmp_path: 
     assert report.regenerated is not None
     assert (report.regenerated.num_rows, report.regenerated.num_same) == (1, 0)
     assert f"{row['uri']}: made again it has other bytes (then on cpu" in "\n".join(report.faults)
+
+
+@pytest.mark.parametrize("layout", ["files", "webdataset"])
+def test_repair_loses_no_picture_that_it_cannot_make_again(make_job: MakeJob, tmp_path: Path, layout: str) -> None:
+    job, paths = from_images(make_job, tmp_path)
+    job = job.model_copy(update={"sink": Sink(path=str(tmp_path / "out"), layout=layout, thumbnails=16)})
+    run(job)
+    before, whole = stored(tmp_path / "out"), files(tmp_path / "out")
+    for path in paths:
+        path.unlink()
+    for path in (tmp_path / "out" / "thumbnails").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(NotWhole, match=r"5 rows could not be made again \(image.missing: .*; they stay as they were"):
+        redo(job, lambda store, plans: damage(store))
+    assert stored(tmp_path / "out") == before
+    assert files(tmp_path / "out") == {name: data for name, data in whole.items() if "thumbnails" not in name}
+    # What is lost is a dead letter, and what is not stays.
+    first = sorted((tmp_path / "out" / ("images" if layout == "files" else "data")).rglob("*.*"))[0]
+    first.unlink()
+    with pytest.raises(NotWhole, match="rows could not be made again"):
+        redo(job, lambda store, plans: damage(store))
+    lost = {row["key"] for row in before if row["uri"].partition("#")[0] == str(first.relative_to(tmp_path / "out"))}
+    for row in stored(tmp_path / "out"):
+        assert row["status"] == ("failed" if row["key"] in lost else "ok")
 
 
 def test_an_unfinished_output_is_finished_by_run_and_max_failed_counts_the_rows_made_again(
