@@ -386,6 +386,10 @@ def _output(path: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if not path.endswith((".yaml", ".yml")):
         if not path.strip():
             raise JobError("no output is named; give a job file, or the output folder or URL itself")
+        from pipelines.job import problem_of
+
+        if (problem := problem_of(path, is_sink=False)) is not None:
+            raise JobError(problem)
         return path, {}, {}
     loaded = _load(Path(path), None)
     return loaded.sink.path, loaded.sink.storage_options, loaded.source.storage_options

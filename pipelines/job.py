@@ -259,17 +259,8 @@ class Job(Section):
         paths = [self.source.path] if isinstance(self.source.path, str) else self.source.path or []
         places = [("sink.path", self.sink.path), *(("source.path", path) for path in paths)]
         for name, place in places:
-            scheme, colon, rest = place.partition("://")
-            if colon and "@" in rest.partition("/")[0] and ":" in rest.partition("@")[0]:
-                raise ValueError(f"{name}: holds a password; give it in storage_options or the environment")
-            if name == "sink.path" and colon and scheme.lower() in READ_ONLY:
-                raise ValueError(f"{name}: {place}: nothing can be written over {scheme}; use a folder or s3://…")
-            if (colon and scheme == "file" and not rest.startswith("/")) or (colon and not rest.strip("/")):
-                raise ValueError(f"{name}: {place} names no place; use a folder, file:///folder or s3://bucket/prefix")
-            if not colon and re.match(r"^[a-z][a-z0-9]+:", place):
-                raise ValueError(f"{name}: {place}: a URL has two slashes, as in s3://bucket/prefix")
-            if place.startswith("~") or "\0" in place:
-                raise ValueError(f"{name}: {place!r}: ~ is not expanded here; write ${{env:HOME}}, or the whole path")
+            if (problem := problem_of(place, is_sink=name == "sink.path")) is not None:
+                raise ValueError(f"{name}: {problem}")
         return self
 
     @property
@@ -332,6 +323,22 @@ class Job(Section):
         rest = {"name": self.name, "seed": self.seed, "source": source, "stages": stages}
         pictures = self.picture_settings()
         return flatten({**rest, **({"sink": pictures} if pictures else {})}) | self.shape_settings()
+
+
+def problem_of(place: str, is_sink: bool) -> str | None:
+    """What is wrong with a path or URL, as far as it tells by itself."""
+    scheme, colon, rest = place.partition("://")
+    if colon and "@" in rest.partition("/")[0] and ":" in rest.partition("@")[0]:
+        return "holds a password; give it in storage_options or the environment"
+    if is_sink and colon and scheme.lower() in READ_ONLY:
+        return f"{place}: nothing can be written over {scheme}; use a folder or s3://…"
+    if (colon and scheme == "file" and not rest.startswith("/")) or (colon and not rest.strip("/")):
+        return f"{place} names no place; use a folder, file:///folder or s3://bucket/prefix"
+    if not colon and re.match(r"^[a-z][a-z0-9]+:", place):
+        return f"{place}: a URL has two slashes, as in s3://bucket/prefix"
+    if place.startswith("~") or "\0" in place:
+        return f"{place!r}: ~ is not expanded here; write ${{env:HOME}}, or the whole path"
+    return None
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:

@@ -5,8 +5,9 @@ The very callables of a run do it, one after the other in this process; what the
 
 from __future__ import annotations
 
+import io
 import uuid
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +83,9 @@ def _make(
     tables = [load.load(table.filter(pc.is_in(table["key"], wanted))) for table in tables]
     for i, (stage, (weights, _)) in enumerate(zip(job.stages, models, strict=True)):
         place = Place(stage, i, i == len(job.stages) - 1, loaders[i], adapters[i])
-        worker = Worker(place, stage.bare(), weights)
+        # What libraries say while they load a model (progress bars, deprecations) is nothing that verify found.
+        with redirect_stderr(io.StringIO()):
+            worker = Worker(place, stage.bare(), weights)
         tables = [worker(table) for table in tables]
     weights, facts = models[-1]
     first = models[0][0]

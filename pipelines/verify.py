@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import io
 import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -426,7 +428,9 @@ def _decode(
             if weights.revision != wanted:
                 raise JobError(f"model {stage.model} is {weights.revision} now, the latents are of {wanted}")
             source = job.source.model_copy(update={"storage_options": options})
-            models[plan.plan_id] = (op.load(fetch(weights)), image_loader(stage, facts, source))
+            with redirect_stderr(io.StringIO()):  # As in `regenerate`.
+                loaded = op.load(fetch(weights))
+            models[plan.plan_id] = (loaded, image_loader(stage, facts, source))
         model, loader = models[plan.plan_id]
         where = f"{row['uri']}#{row['latents_row']}"
         data = store.read(row["uri"])

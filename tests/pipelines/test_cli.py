@@ -90,6 +90,7 @@ def test_plan_and_status_speak_json(ldm_batch: LdmBatch, job_file: Callable[...,
     [
         (["run", "none.yaml"], 2, "none.yaml: no such job file; `ldm-batch init` writes one"),
         (["status", "nowhere"], 4, "nowhere holds no plan of ldm-batch"),
+        (["doctor", "s3://"], 2, "s3:// names no place; use a folder, file:///folder or s3://bucket/prefix"),
         (["check", "jobs/txt2img.yaml", "--set", "stages.0.batchsize=3"], 2, "did you mean batch_size?"),
         (["check", "jobs/txt2img.yaml", "--set", "source.path=none.csv"], 2, "source.path none.csv: no such file"),
         (["run", "jobs/txt2img.yaml", "--set", "sink.path=/proc/out"], 1, "choose a folder that you may write to"),
