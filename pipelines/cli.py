@@ -196,7 +196,7 @@ def run(
             progress.done()
         from dataclasses import asdict
 
-        _emit(as_json, asdict(summary), lambda: summary_text(loaded, summary))
+        _emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary))
         raise typer.Exit(summary.exit_code)
 
 
@@ -344,7 +344,7 @@ def _redo(
     finally:
         progress.done()
     value = asdict(summary) | {"num_wrong": hopeless()}
-    _emit(as_json, value, lambda: summary_text(loaded, summary) + _hopeless(hopeless()))
+    _emit(as_json, value, lambda: summary_text(job, loaded, summary) + _hopeless(hopeless()))
     raise typer.Exit(summary.exit_code)
 
 

@@ -37,7 +37,7 @@ from pipelines.journal import MOST_DEATHS_PER_ROW, forget
 from pipelines.loading import LoadShard, image_loader, place
 from pipelines.planner import Planned, plan
 from pipelines.plans import Plan, job_of, read_plans, read_shard
-from pipelines.shards import Shard, Shards
+from pipelines.shards import PLANS, Shard, Shards
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage
 from pipelines.stopping import stop_on_signals
@@ -208,10 +208,13 @@ def redo(
         LdmError: any of its kinds; each shard is as before or made again, and the same call does the rest.
     """
 
+    # Before anything is written: it may be the wrong place.
+    output = Store(job.sink.path, job.sink.storage_options)
+    if not any(True for _ in output.names(PLANS)):
+        raise NotWhole(f"{output.url} holds no plan of ldm-batch; `ldm-batch run` makes one")
+
     def prepare(store: Store) -> Work:
         plans = read_plans(store)
-        if not plans:
-            raise NotWhole(f"{store.url} holds no plan of ldm-batch; `ldm-batch run` makes one")
         rows = choose(store, plans)
         asked = {p.plan_id: [shard for plan_id, shard in rows if plan_id == p.plan_id] for p in plans}
         todo = [(p, some) for p in plans if (some := p.shards.only(asked[p.plan_id]))]

@@ -134,6 +134,8 @@ def verify(
     to_decode, to_make = _Lot(decode, seed), _Lot(regenerate, seed)
     listing = Listing(store)
     for plan in plans:
+        if deep:
+            _read_rows(store, plan, report)
         for shard, stated in _parts(store, plan, counting, report):
             rows = _inside(plan, stated, report)
             if deep:
@@ -257,6 +259,15 @@ def _pieces(plan: Plan, row: dict[str, Any]) -> Iterator[Piece]:
         yield Piece(row["thumbnail"], None, None, None, at)
 
 
+def _read_rows(store: Store, plan: Plan, report: Report) -> None:
+    """Whether the planned rows can be read: without them no shard is made again, and no table planned beside them."""
+    for shard in {shard.file: shard for shard in plan.shards}.values():
+        try:
+            read_shard(store, shard.file, shard.index)
+        except NotWhole as error:
+            report.fault(str(error))
+
+
 def _inside(plan: Plan, rows: list[dict[str, Any]], report: Report) -> list[dict[str, Any]]:
     """Those of `rows` that name places in this output alone; a stranger's part may name any, which is never opened."""
     fine = []
@@ -307,8 +318,9 @@ class Listing:
         return None if info is None else info.num_bytes
 
 
-def _num_bytes(pieces: list[Piece]) -> int:
-    return sum(piece.num_bytes or 0 for piece in pieces)
+def _least_bytes(pieces: list[Piece]) -> int:
+    """What a file of many cannot be smaller than; of these only embeddings are compressed."""
+    return 1 if pieces[0].kind == "embeddings" else sum(piece.num_bytes or 0 for piece in pieces)
 
 
 def _look_for_files(listing: Listing, plan: Plan, rows: list[dict[str, Any]], report: Report) -> None:
@@ -320,8 +332,8 @@ def _look_for_files(listing: Listing, plan: Plan, rows: list[dict[str, Any]], re
             report.fault(text, *places)
         elif pieces[0].member is None and pieces[0].num_bytes is not None and pieces[0].num_bytes != size:
             report.fault(f"{file}: {size} bytes, not {pieces[0].num_bytes}", *(piece.row for piece in pieces))
-        elif pieces[0].member is not None and pieces[0].kind == "picture" and size < (least := _num_bytes(pieces)):
-            text = f"{file}: {size} bytes, fewer than the {least} of its pictures; it was cut off"
+        elif pieces[0].member is not None and size < (least := _least_bytes(pieces)):
+            text = f"{file}: {size} bytes, fewer than the {least} that it holds; it was cut off"
             report.fault(text, *(piece.row for piece in pieces))
 
 
@@ -400,9 +412,8 @@ def _check_success(store: Store, report: Report) -> None:
         return
     if different:
         name = different[0]
-        report.fault(
-            f"_SUCCESS: says {name} {said[name]}, the manifest {asdict(totals)[name]}; run the job again, which writes it"
-        )
+        now = asdict(totals)[name]
+        report.fault(f"_SUCCESS: says {name} {said[name]}, the manifest {now}; run the job again, which writes it")
 
 
 def _decode(

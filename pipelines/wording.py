@@ -121,6 +121,8 @@ def report_text(report: Report) -> str:
     made = report.regenerated
     if made is not None:
         lines.append(f"made {made.num_rows} rows again, {made.num_same} of them with the same bytes")
+    if report.num_faults:
+        lines.append("`ldm-batch repair JOB.yaml` makes what is missing or damaged, also what is not done yet")
     return "\n".join(lines)
 
 
@@ -164,7 +166,7 @@ def garbage_text(garbage: Garbage, older_than: str) -> str:
     return "\n".join(lines)
 
 
-def summary_text(job: Job, summary: Summary) -> str:
+def summary_text(path: Path, job: Job, summary: Summary) -> str:
     totals, out = summary.totals, summary.output
     lines = []
     if summary.num_new_rows:
@@ -178,7 +180,15 @@ def summary_text(job: Job, summary: Summary) -> str:
         if not summary.num_new_rows:
             lines.append("nothing was left to do")
         show = f"import pipelines; print(pipelines.read_manifest({out!r}))"
-        lines += ["next:", f"  ldm-batch status {shlex.quote(out)}"]
+        where = shlex.quote(out)
+        if job.sink.storage_options:
+            # Without them nobody gets there, and only the job file has them.
+            where = shlex.quote(str(path))
+            show = (
+                f"import pipelines as p; sink = p.load_job({str(path)!r}).sink; "
+                "print(p.read_manifest(sink.path, storage_options=sink.storage_options))"
+            )
+        lines += ["next:", f"  ldm-batch {'errors' if summary.exit_code else 'status'} {where}"]
         if "://" not in out:
             folder = "images" if job.layout == "files" else "data"
             lines.append(f"  ls {shlex.quote(f'{out}/{folder}')}")

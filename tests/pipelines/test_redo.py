@@ -202,8 +202,12 @@ def test_errors_are_grouped_and_their_table_computes_nothing(sink_job: MakeJob, 
     with (tmp_path / "dead.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     assert sorted(row["prompt"] for row in found) == [f"'=SUM(A{i}) fails" for i in range(4)]
+    nowhere = tmp_path / "nothing"
     with pytest.raises(NotWhole, match="holds no plan"):
-        groups(str(tmp_path / "nothing"))
+        groups(str(nowhere))
+    with pytest.raises(NotWhole, match="holds no plan"):
+        redo(job.model_copy(update={"sink": Sink(path=str(nowhere))}), Retry())
+    assert not nowhere.exists()
 
 
 @pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"])
@@ -247,4 +251,5 @@ def test_the_commands_say_what_there_is_to_do(make_job: MakeJob, ldm_batch: Any,
     found = ldm_batch("repair", path)
     assert (found.returncode, found.stderr) == (3, "nothing is left to do\n")
     found = ldm_batch("retry", path)
+    assert f"next:\n  ldm-batch errors {tmp_path / 'out'}\n" in found.stdout
     assert "1 rows are wrong in the table; mend them there" in found.stdout

@@ -178,6 +178,18 @@ def test_a_file_of_pictures_that_is_cut_off_is_found_by_listing(
     assert fault.startswith(f"data/{path.name}: 2000 bytes, fewer than the ")
 
 
+def test_planned_rows_are_read_too_in_a_deep_look(sink_job: Callable[..., Job], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    whole(sink_job())
+    [rows] = out.glob("_ldm/plans/*/rows-*.parquet")
+    flip(rows)
+    [fault] = verify(str(out), deep=True).faults
+    assert fault.startswith(f"{rows} is damaged")
+    rows.unlink()
+    [fault] = verify(str(out), deep=True).faults
+    assert fault.startswith(f"{rows} is gone")
+
+
 @pytest.mark.parametrize("uri", ["/dev/zero", "images/../../elsewhere"])
 def test_what_a_stranger_names_outside_of_an_output_is_not_opened(
     sink_job: Callable[..., Job], tmp_path: Path, uri: str
