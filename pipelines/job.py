@@ -156,6 +156,9 @@ class Sink(Section):
         "png", description="png and jxl are lossless, webp too where no quality is given; jxl needs the extra jxl"
     )
     quality: int | None = Field(None, ge=1, le=100, description="of jpeg, else 95; of webp, which it makes lossy")
+    png_encoder: Literal["pillow", "fpng"] = Field(
+        "pillow", description="of png; fpng is many times faster, its files are larger; it needs the extra fast"
+    )
     embed_metadata: Literal["a1111", "none"] = Field(
         "a1111", description="write prompt, seed and parameters into each picture, and that a model made it"
     )
@@ -302,6 +305,8 @@ class Job(Section):
             "format": sink.format,
             "quality": (sink.quality or 95) if sink.format == "jpeg" else sink.quality,
             "embed_metadata": sink.embed_metadata,
+            # The same pixels, in other bytes.
+            **({"png_encoder": sink.png_encoder} if sink.png_encoder != "pillow" else {}),
             # Not the certificate: one that is renewed makes no other picture.
             **({"c2pa": True} if sink.c2pa is not None else {}),
         }

@@ -213,7 +213,7 @@ class _Planner:
             for i, (stage, (_, facts)) in enumerate(zip(job.stages, self.models, strict=True))
         ]
         refuse_sink_in_source(job)
-        refuse_missing(job.sink.format)
+        refuse_missing(job.sink.format, job.sink.png_encoder)
         if job.sink.c2pa is not None:
             # Before any picture is made: whether the package is there, and certificate and key fit.
             Signer(job.sink.c2pa)(encode(np.zeros((8, 8, 3), np.uint8), "png"), MIME_TYPES["png"])

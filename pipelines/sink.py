@@ -271,7 +271,7 @@ class ShardWriter:
     def _encode(self, pixels: NDArray[np.uint8], record: dict[str, Any]) -> bytes:
         height, width = pixels.shape[:2]
         text = describe(record, width, height) if self.sink.embed_metadata != "none" else None
-        data = encode(pixels, self.sink.format, self.sink.quality, text)
+        data = encode(pixels, self.sink.format, self.sink.quality, text, self.sink.png_encoder)
         return self.sign(data, MIME_TYPES[self.sink.format]) if self.sign is not None else data
 
     def _name(self, folder: str, index: int, stem: str, data: bytes, extension: str) -> tuple[str, str]:

@@ -46,9 +46,11 @@ def unused(job: Job, models: Sequence[ModelFacts], brought: Mapping[str, str] | 
         for name, reason in (*_of_stage(i, stage, facts), *(() if there is None else _of_rows(stage, there))):
             yield f"stages.{i}.{name}", reason
     if not job.writes_pictures:
-        for name in ("format", "quality", "embed_metadata"):
+        for name in ("format", "quality", "png_encoder", "embed_metadata"):
             if getattr(job.sink, name) != "none":
                 yield f"sink.{name}", f"{job.stages[-1].op} makes no pictures; leave it out"
+    elif job.sink.format != "png":
+        yield "sink.png_encoder", f"sink.format is {job.sink.format}; leave it out, or use png"
 
 
 def unused_columns(stage: AnyStage, facts: ModelFacts) -> dict[str, str]:
