@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SYMMETRIES = 8
-GRAIN = 3.0
+GRAIN = 2.0
 
 
 def natural(size: int, seed: int) -> NDArray[np.uint8]:

@@ -99,7 +99,7 @@ def shares(writer: ShardWriter, shards: list[pa.Table]) -> dict[str, float]:
             (sink, "encode", "encode"),
             (sink, "content_name", "hash"),
             (sink, "describe", "describe"),
-            (sink, "unpack", "unpack"),
+            (sink, "_rows", "rows"),
             (manifest, "part_bytes", "part"),
             (sink, "commit_shard", "files"),
             (os, "fsync", "fsync, all threads"),

@@ -99,6 +99,14 @@ def pack(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
+def view(data: pa.Buffer) -> NDArray[Any]:
+    """What was packed, in the very memory of `data`: nothing is copied, and nobody may write into it."""
+    head = pa.BufferReader(data)
+    np.lib.format.read_magic(head)
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    return np.frombuffer(data, dtype, offset=head.tell()).reshape(shape, order="F" if is_fortran else "C")
+
+
 def unpack(data: bytes) -> NDArray[Any]:
     """The inverse of `pack`."""
     return np.load(io.BytesIO(data), allow_pickle=False)  # type: ignore[no-any-return]

@@ -42,8 +42,7 @@ def commit_shard(
     `again` replaces the part that stands, as `retry` and `repair` do.
     """
     # Again where they lie already: an orphan of that name may be old, and `gc` goes by the time of the last write.
-    for _ in store.each(lambda file: store.write(*file), files):
-        pass
+    store.write_each(files)
     if again:
         # In one request: whoever reads finds the old part or this one, and each holds every row once.
         store.write(path, part)

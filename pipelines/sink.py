@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
 from pipelines import manifest, shard_file
-from pipelines.blocks import KEPT, RESULT_FIELDS, unpack
+from pipelines.blocks import KEPT, RESULT_FIELDS, unpack, view
 from pipelines.commit import commit_shard, content_name
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.errors import NotWhole
@@ -88,7 +88,7 @@ class ShardWriter:
     def __call__(self, shard: pa.Table) -> pa.Table:
         if shard.num_rows == 0:
             return RECEIPT.empty_table()
-        rows = shard.to_pylist()
+        rows = _rows(shard)
         index = rows[0]["shard"]
         puts: list[tuple[str, bytes]] = []
         pictures: list[Picture] = []
@@ -168,7 +168,7 @@ class ShardWriter:
         is_picture = row["status"] == "ok" and row["pixels"] is not None
         record["intermediates"] = self._intermediates(row, index, put) if row["status"] == "ok" else []
         if is_picture:
-            pixels = unpack(row["pixels"])
+            pixels = row["pixels"]
             data = self._encode(pixels, record)
             uri, sha256 = self._name("images", index, row["key"], data, self._extension)
             height, width = pixels.shape[:2]
@@ -288,3 +288,14 @@ class ShardWriter:
             **{f.name: shard[f.name] for f in passed},
         }
         return pa.Table.from_pydict(columns, schema=pa.schema([*manifest.SCHEMA, *passed]))
+
+
+def _rows(shard: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a shard; `pixels` as an array, and not what the stages were given beside them.
+
+    Most of a shard is pixels, and to copy them takes as long as to encode them.
+    """
+    rows: list[dict[str, Any]] = shard.drop_columns(["pixels", "mask_pixels", "control_pixels"]).to_pylist()
+    for row, pixels in zip(rows, shard["pixels"], strict=True):
+        row["pixels"] = view(pixels.as_buffer()) if pixels.is_valid else None
+    return rows

@@ -76,6 +76,8 @@ class ObjectStore(Protocol):
 
     def write(self, path: str, data: bytes) -> None: ...
 
+    def write_each(self, files: Iterable[tuple[str, bytes]]) -> None: ...
+
     def create(self, path: str, data: bytes) -> None: ...
 
     def delete(self, path: str) -> None: ...
@@ -171,14 +173,31 @@ class Store:
 
         return self.patiently(look)
 
-    def write(self, path: str, data: bytes) -> None:
-        """Put a whole object, replacing what is there. Only for names that follow from the content, and for hints."""
+    def write(self, path: str, data: bytes, sync_folder: bool = True) -> None:
+        """Put a whole object, replacing what is there. Only for names that follow from the content, and for hints.
+
+        Without `sync_folder` a power cut may take a file away from a disk again, as if it had never been written.
+        """
         if (root := self.local) is not None:
             with self._sibling(root / path, data) as written:
                 written.replace(root / path)
-            _fsync_folder((root / path).parent)
+            if sync_folder:
+                _fsync_folder((root / path).parent)
             return
         self.patiently(lambda: self._put(path, data))
+
+    def write_each(self, files: Iterable[tuple[str, bytes]]) -> None:
+        """`write` of each path and content, some at a time; all of them are there to stay when it returns."""
+
+        def one(file: tuple[str, bytes]) -> Path:
+            self.write(*file, sync_folder=False)
+            return Path(self.url, file[0]).parent
+
+        folders = set(self.each(one, files))
+        if self.local is not None:
+            # Once for all of a shard's files: on ext4 each costs as much as a file.
+            for folder in folders:
+                _fsync_folder(folder)
 
     def create(self, path: str, data: bytes) -> None:
         """Put a whole object only where there is none: one request, no retry.

@@ -301,6 +301,9 @@ class SimulatedStore:
         if there and there[-1]:
             raise Exists(path)
 
+    def write_each(self, files: Iterable[tuple[str, bytes]]) -> None:
+        self.each(lambda file: self.write(*file), files)
+
     def each(self, action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         todo = list(enumerate(items))
         self.world.rng.shuffle(todo)

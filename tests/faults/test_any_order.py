@@ -90,6 +90,9 @@ class Memory:
     def delete(self, path: str) -> None:
         self.objects.pop(path, None)
 
+    def write_each(self, files: Iterable[tuple[str, bytes]]) -> None:
+        self.each(lambda file: self.write(*file), files)
+
     def each(self, action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         return [action(item) for item in items]
 
@@ -115,6 +118,9 @@ class Dying:
             return answer
 
         return request
+
+    def write_each(self, files: Iterable[tuple[str, bytes]]) -> None:
+        self.each(lambda file: self.write(*file), files)
 
     def each(self, action: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         return [action(item) for item in items]
