@@ -165,7 +165,11 @@ def main() -> None:
             json.dumps(
                 {
                     "png_encoder": encoder,
-                    "over_write_images": [round(min(ratios), 1), round(statistics.median(ratios), 1), round(max(ratios), 1)],
+                    "over_write_images": [
+                        round(min(ratios), 1),
+                        round(statistics.median(ratios), 1),
+                        round(max(ratios), 1),
+                    ],
                     "bytes_over_pillow": round(sizes[encoder] / sizes["pillow"], 3),
                     "load": os.getloadavg()[0],
                 }

@@ -6,6 +6,7 @@ Arrays are .npy bytes: one nullable binary column fits every shape and dtype, wh
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,19 @@ def pack(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def view(data: pa.Buffer) -> NDArray[Any]:
-    """What was packed, in the very memory of `data`: nothing is copied, and nobody may write into it."""
+def views(column: pa.ChunkedArray) -> Iterator[NDArray[Any] | None]:
+    """What was packed into each row of a binary column, in the column's own memory: read-only, and nothing is copied.
+
+    Arrow's own scalars copy, and pixels take as long to copy as to encode.
+    """
+    for chunk in filter(len, column.chunks):
+        _, bounds, data = chunk.buffers()
+        ends = np.frombuffer(bounds, np.int32)[chunk.offset :].tolist()
+        for is_valid, start, end in zip(chunk.is_valid().to_pylist(), ends, ends[1:], strict=False):
+            yield _view(data.slice(start, end - start)) if is_valid else None
+
+
+def _view(data: pa.Buffer) -> NDArray[Any]:
     head = pa.BufferReader(data)
     np.lib.format.read_magic(head)
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
 from pipelines import manifest, shard_file
-from pipelines.blocks import KEPT, RESULT_FIELDS, unpack, view
+from pipelines.blocks import KEPT, RESULT_FIELDS, unpack, views
 from pipelines.commit import commit_shard, content_name
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.errors import NotWhole
@@ -291,11 +291,8 @@ class ShardWriter:
 
 
 def _rows(shard: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a shard; `pixels` as an array, and not what the stages were given beside them.
-
-    Most of a shard is pixels, and to copy them takes as long as to encode them.
-    """
+    """The rows of a shard; `pixels` as an array, and not what the stages were given beside them."""
     rows: list[dict[str, Any]] = shard.drop_columns(["pixels", "mask_pixels", "control_pixels"]).to_pylist()
-    for row, pixels in zip(rows, shard["pixels"], strict=True):
-        row["pixels"] = view(pixels.as_buffer()) if pixels.is_valid else None
+    for row, pixels in zip(rows, views(shard["pixels"]), strict=True):
+        row["pixels"] = pixels
     return rows

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pipelines.blocks import KEPT, pack, with_results
 from pipelines.errors import JobError, NotWhole, OutputHeldByOther
 from pipelines.generation_text import read as read_text
 from pipelines.image_folder import write_metadata
+from pipelines.images import encode
 from pipelines.job import Job
 from pipelines.loading import LoadShard, place
 from pipelines.planner import check, plan
@@ -201,6 +204,65 @@ def test_formats_keep_every_pixel_where_they_say_so(
     assert same == lossless
 
 
+def read_png(data: bytes) -> tuple[np.ndarray[Any, Any], list[bytes]]:
+    """An RGB image and the names of its chunks, by the letter of https://www.w3.org/TR/png-3/ and zlib alone."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, names, packed = 8, [], b""
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4])
+        name, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert int.from_bytes(data[at + 8 + length : at + 12 + length]) == zlib.crc32(name + body)
+        names.append(name)
+        if name == b"IHDR":
+            width, height, *kind = struct.unpack(">IIBBBBB", body)
+            assert kind == [8, 2, 0, 0, 0]
+        packed += body if name == b"IDAT" else b""
+        at += 12 + length
+    lines = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 3 * width)
+    assert set(lines[:, 0]) <= {0, 2}, "a filter that this reader does not know"
+    image = np.zeros((height, 3 * width), np.uint8)
+    for y, line in enumerate(lines):
+        image[y] = line[1:] + (image[y - 1] if line[0] == 2 else np.uint8(0))
+    return image.reshape(height, width, 3), names
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 5), (64, 48), (33, 512)])
+@pytest.mark.parametrize("kind", ["noise", "smooth", "flat"])
+def test_fpng_keeps_every_pixel_and_says_what_pillow_says(kind: str, height: int, width: int) -> None:
+    image = {
+        "noise": np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8),
+        "smooth": picture(height, width),
+        "flat": np.full((height, width, 3), 200, np.uint8),
+    }[kind]
+    for turned in (image, image.transpose(1, 0, 2)):
+        for text in (None, "a circle\nSteps: 4, Seed: 7", "ein Kreis für 円\nSteps: 4, Seed: 7"):
+            data = encode(turned, "png", text=text, png_encoder="fpng")
+            assert data == encode(turned.copy(), "png", text=text, png_encoder="fpng")
+            with (
+                Image.open(io.BytesIO(data)) as ours,
+                Image.open(io.BytesIO(encode(turned, "png", text=text))) as theirs,
+            ):
+                assert np.array_equal(np.asarray(ours), turned)
+                assert (ours.mode, ours.info) == ("RGB", theirs.info)
+                assert read_text(ours) == text
+            read, names = read_png(data)
+            assert np.array_equal(read, turned)
+            assert (names[0], names[-2:]) == (b"IHDR", [b"IDAT", b"IEND"])
+
+
+def test_a_job_says_who_encodes_its_png_files(sink_job: Callable[..., Job], tmp_path: Path) -> None:
+    for row in written(sink_job(png_encoder="fpng")):
+        if row["status"] == "ok":
+            data = (tmp_path / "out" / row["uri"]).read_bytes()
+            assert (hashlib.sha256(data).hexdigest(), len(data)) == (row["sha256"], row["num_bytes"])
+            image, names = read_png(data)
+            assert np.array_equal(image, pixels(row["prompt"]))
+            # By which fpng knows its own.
+            assert b"fdEC" in names
+    with pytest.raises(OutputHeldByOther, match="sink.png_encoder 'fpng', now None"):
+        plan(sink_job())
+
+
 @pytest.mark.parametrize("format", ["webp", "jpeg"])
 def test_a_lower_quality_is_smaller(sink_job: Callable[..., Job], format: str) -> None:
     sizes = [
@@ -210,15 +272,19 @@ def test_a_lower_quality_is_smaller(sink_job: Callable[..., Job], format: str) -
     assert sizes[1] < 0.7 * sizes[0]
 
 
-def test_jxl_without_its_package_is_refused_with_the_extra_that_has_it(
+def test_what_needs_a_package_that_is_missing_is_refused_with_the_extra_that_has_it(
     sink_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib.util
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in ("pillow_jxl", "c2pa") else find(name)
+        importlib.util, "find_spec", lambda name: None if name in ("pillow_jxl", "c2pa", "fpng") else find(name)
     )
+    with pytest.raises(
+        JobError, match=r"png_encoder: fpng needs the package fpng; pip install 'ldm-batch\[fast\]', or"
+    ):
+        check(sink_job(png_encoder="fpng"))
     with pytest.raises(JobError, match=r"jxl needs the package pillow-jxl-plugin; pip install 'ldm-batch\[jxl\]'"):
         check(sink_job(format="jxl"))
     with pytest.raises(JobError, match=r"sink.c2pa needs the package c2pa-python; pip install 'ldm-batch\[c2pa\]'"):
@@ -264,6 +330,7 @@ def test_what_changes_a_picture_changes_its_key_and_where_it_lies_does_not(sink_
         {"format": "webp", "quality": 80},
         {"format": "jpeg", "quality": 90},
         {"format": "jpeg"},
+        {"png_encoder": "fpng"},
     ]
     assert len({keys(**one) for one in pictures}) == len(pictures)
     assert keys(format="jpeg", quality=95) == keys(format="jpeg")

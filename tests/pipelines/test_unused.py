@@ -167,6 +167,13 @@ UNUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("sink.quality", "embed", {"sink": {"format": "jpeg", "quality": 9}}, "sink.(format|quality): embed makes no pict"),
     ("", "txt2img", {"later": {"op": "encode"}, "sink": {"format": "webp"}}, "sink.format: encode makes no pictures"),
     (
+        "sink.png_encoder",
+        "txt2img",
+        {"sink": {"format": "webp", "png_encoder": "pillow"}},
+        "sink.png_encoder: sink.format is webp; leave it out, or use png",
+    ),
+    ("", "encode", {"sink": {"png_encoder": "fpng"}}, "sink.png_encoder: encode makes no pictures; leave it out"),
+    (
         "sink.embed_metadata",
         "embed",
         {"sink": {"embed_metadata": "a1111"}},
