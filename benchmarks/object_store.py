@@ -3,9 +3,9 @@
     python -m benchmarks.object_store [--pictures 256] [--per-shard 64] [--delay-ms 30] [--rounds 3] [--cpus 2]
 
 The store is `benchmarks/s3_server.py`, on this machine, which answers each request so much later. Two comparisons, in
-turn: one writer in one process, `ShardWriter` from pixels to the committed part against pyarrow's S3 files one after the
-other, as `write_images` opens them, of pictures that are encoded already; and under Ray, the run's last step against
-`write_images` itself. Afterwards every picture is read back by botocore and Pillow and compared.
+turn: one writer in one process, `ShardWriter` from pixels to the committed part against pyarrow's S3 files one after
+the other, as `write_images` opens them, of pictures that are encoded already; and under Ray, the run's last step
+against `write_images` itself. Afterwards every picture is read back by botocore and Pillow and compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -109,7 +108,7 @@ def main() -> None:
                     writer, shards = finished(pictures, args.per_shard, place)
                     counts(url)
                     if where == "ray":
-                        line[f"{where}, {encoder}"] = sink.ours(writer, shards)
+                        line[f"{where}, {encoder}"] = sink.ours(writer, shards).rate
                     else:
                         start = time.perf_counter()
                         for shard in shards:
@@ -120,9 +119,10 @@ def main() -> None:
                     assert set(asked) == {"PUT"}, asked
                     if n == args.rounds:
                         compare(out, options, pictures)
+            counts(url)
             line["alone, pyarrow"] = one_after_the_other(theirs, images, f"bucket/pyarrow-{n}")
             line["requests an object, pyarrow"] = sum(counts(url).values()) / len(images)
-            line["ray, write_images"] = sink.peer(pictures[: 2 * FEW], FEW, f"bucket/peer-{n}", theirs)
+            line["ray, write_images"] = sink.peer(pictures[: 2 * FEW], FEW, f"bucket/peer-{n}", theirs).rate
             counts(url)
             # The first round opens connections and starts Ray's processes.
             if n:
@@ -132,8 +132,7 @@ def main() -> None:
     ray.shutdown()
     for ours, peer in (("alone", "alone, pyarrow"), ("ray", "ray, write_images")):
         for encoder in ("fpng", "pillow"):
-            ratios = [a / b for a, b in zip(rates[f"{ours}, {encoder}"], rates[peer], strict=True)]
-            found = [round(f(ratios), 1) for f in (min, statistics.median, max)]
+            found = sink.spread(a / b for a, b in zip(rates[f"{ours}, {encoder}"], rates[peer], strict=True))
             print(json.dumps({f"{ours}, {encoder} over {peer}": found, "load": os.getloadavg()[0]}))
 
 

@@ -3,9 +3,10 @@
     python -m benchmarks.sink [--pictures 768] [--size 512] [--per-shard 16] [--rounds 3] [--cpus 2]
 
 Both take the same distinct pictures, as uint8 blocks that lie in Ray's object store already, to PNG files in a local
-folder, in turn, and each run is timed as a whole. Ours is the run's own last step: names that follow from the content,
-every file and folder synced to the disk, a manifest part for each shard. Afterwards every picture is read back by
-Pillow and compared. The peer is given fewer pictures, as it is slow.
+folder, in turn, and each run is timed as a whole; the peer is given a quarter of them, as it is slow. Ours is the run's
+own last step: names that follow from the content, every file synced to the disk, a manifest part for each shard.
+Afterwards every picture is read back by Pillow and compared. Beside the time stands the processor time of all of Ray's
+processes, which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,33 +37,53 @@ from pipelines.cluster import TASK_CPUS, quiet_ray_data
 from pipelines.sink import ShardWriter
 
 Pictures = list[NDArray[np.uint8]]
+ENCODERS = ("pillow", "fpng")
 
 
-def peer(pictures: Pictures, per_block: int, folder: str, filesystem: Any = None) -> float:
-    """Pictures a second."""
+class Clock:
+    """How long a `with` block takes for `num` pictures: `rate` a second, `cpu_ms` each of this process and below it."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __enter__(self) -> Clock:
+        self.start, self.cpu_s = time.perf_counter(), _cpu_s()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rate = self.num / (time.perf_counter() - self.start)
+        self.cpu_ms = 1000 * (_cpu_s() - self.cpu_s) / self.num
+
+
+def _cpu_s() -> float:
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.Error):
+            total += sum(process.cpu_times()[:2])
+    return total
+
+
+def peer(pictures: Pictures, per_block: int, folder: str, filesystem: Any = None) -> Clock:
     import ray.data
 
     batches = [np.stack(pictures[i : i + per_block]) for i in range(0, len(pictures), per_block)]
     dataset = ray.data.from_numpy(batches)
-    start = time.perf_counter()
-    dataset.write_images(folder, column="data", file_format="png", filesystem=filesystem)
-    return len(pictures) / (time.perf_counter() - start)
+    with Clock(len(pictures)) as clock:
+        dataset.write_images(folder, column="data", file_format="png", filesystem=filesystem)
+    return clock
 
 
-def ours(writer: ShardWriter, shards: list[pa.Table]) -> float:
-    """Pictures a second."""
+def ours(writer: ShardWriter, shards: list[pa.Table]) -> Clock:
     import ray.data
 
     dataset = ray.data.from_blocks(shards)
-    start = time.perf_counter()
-    receipts = dataset.map_batches(writer, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS, max_retries=3)
-    done = sum(
-        sum(batch["num_ok"].to_pylist())
-        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    )
-    took = time.perf_counter() - start
-    assert done == sum(shard.num_rows for shard in shards)
-    return done / took
+    num = sum(shard.num_rows for shard in shards)
+    with Clock(num) as clock:
+        receipts = dataset.map_batches(writer, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+        batches = receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        assert sum(sum(batch["num_ok"].to_pylist()) for batch in batches) == num
+    return clock
 
 
 def compare(folder: Path, pictures: Pictures) -> int:
@@ -131,8 +154,8 @@ def main() -> None:
     ray.init("local", num_cpus=args.cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     quiet_ray_data()
     pictures = distinct(args.pictures, args.size)
-    few = pictures[: max(args.per_shard * args.cpus, args.pictures // 8)]
-    rates: dict[str, list[float]] = {"write_images": [], "pillow": [], "fpng": []}
+    few = pictures[: max(args.per_shard * args.cpus, args.pictures // 4)]
+    rounds: list[dict[str, Clock]] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         root = Path(temporary)
 
@@ -141,40 +164,35 @@ def main() -> None:
 
         for n in range(args.rounds + 1):
             # The first round starts Ray's processes and is thrown away.
-            some = pictures[: args.per_shard * args.cpus * 2] if n == 0 else few
-            rate = peer(some, args.per_shard, str(root / f"peer-{n}"))
-            line = {"write_images": rate}
-            for encoder in ("pillow", "fpng"):
+            first = pictures[: args.per_shard * args.cpus * 2] if n == 0 else None
+            clocks = {"write_images": peer(first or few, args.per_shard, str(root / f"peer-{n}"))}
+            for encoder in ENCODERS:
                 name = f"{encoder}-{n}"
-                some = pictures[: args.per_shard * args.cpus * 2] if n == 0 else pictures
-                line[encoder] = ours(*finished(some, args.per_shard, sink_of(name, encoder)))
-                compare(root / name, some)
+                clocks[encoder] = ours(*finished(first or pictures, args.per_shard, sink_of(name, encoder)))
+                compare(root / name, first or pictures)
+                shutil.rmtree(root / name)
             if n:
-                for name, rate in line.items():
-                    rates[name].append(rate)
-                print(json.dumps({name: round(rate, 1) for name, rate in line.items()}), flush=True)
+                rounds.append(clocks)
+                print(
+                    json.dumps({name: [round(c.rate, 1), round(c.cpu_ms, 2)] for name, c in clocks.items()}), flush=True
+                )
         sizes = {}
-        for encoder in ("pillow", "fpng"):
+        for encoder in ENCODERS:
             name = f"alone-{encoder}"
             print(json.dumps({encoder: shares(*finished(few, args.per_shard, sink_of(name, encoder)))}), flush=True)
             sizes[encoder] = compare(root / name, few)
     ray.shutdown()
-    for encoder in ("pillow", "fpng"):
-        ratios = [own / theirs for own, theirs in zip(rates[encoder], rates["write_images"], strict=True)]
-        print(
-            json.dumps(
-                {
-                    "png_encoder": encoder,
-                    "over_write_images": [
-                        round(min(ratios), 1),
-                        round(statistics.median(ratios), 1),
-                        round(max(ratios), 1),
-                    ],
-                    "bytes_over_pillow": round(sizes[encoder] / sizes["pillow"], 3),
-                    "load": os.getloadavg()[0],
-                }
-            )
-        )
+    for encoder in ENCODERS:
+        said: dict[str, Any] = {"png_encoder": encoder, "bytes_over_pillow": round(sizes[encoder] / sizes["pillow"], 3)}
+        said["rate_over_write_images"] = spread(one[encoder].rate / one["write_images"].rate for one in rounds)
+        said["cpu_under_write_images"] = spread(one["write_images"].cpu_ms / one[encoder].cpu_ms for one in rounds)
+        print(json.dumps({**said, "load": os.getloadavg()[0]}))
+
+
+def spread(ratios: Iterable[float]) -> list[float]:
+    """Least, median and most."""
+    found = list(ratios)
+    return [round(f(found), 1) for f in (min, statistics.median, max)]
 
 
 if __name__ == "__main__":
