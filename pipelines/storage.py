@@ -129,7 +129,9 @@ class Store:
                         return file.read(-1 if end is None else end - start)
                 if end is not None and end <= start:
                     return b""
-                return bytes(self.filesystem.cat_file(self.uri(path), start=start or None, end=end))
+                # Else s3fs asks for the size first: two requests, and of two objects where it is replaced in between.
+                at_once = {"max_concurrency": 1} if self.url.startswith("s3://") else {}
+                return bytes(self.filesystem.cat_file(self.uri(path), start=start or None, end=end, **at_once))
             except FileNotFoundError:
                 return None
 

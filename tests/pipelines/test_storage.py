@@ -85,14 +85,35 @@ def test_a_disk_store_leaves_no_temporary_file_behind(tmp_path: Path) -> None:
 
 
 def test_one_object_is_one_request(s3_endpoint: str) -> None:
-    faults = Faults(s3_endpoint)
-    store = Store("s3://bkt/requests", {"endpoint_url": faults.url})
-    store.write("warm", b"up")
-    before = len(faults.seen)
-    store.write("a", b"x" * 200_000)
-    store.create("b", b"y")
-    assert faults.seen[before:] == [("PUT", "/bkt/requests/a"), ("PUT", "/bkt/requests/b")]
-    faults.close()
+    with Faults(s3_endpoint) as faults:
+        store = Store("s3://bkt/requests", {"endpoint_url": faults.url})
+        store.write("warm", b"up")
+        before = len(faults.seen)
+        store.write("a", b"x" * 200_000)
+        store.create("b", b"y")
+        store.write_each([("c", b"z")])
+        assert (store.read("a"), store.read("b", 0, 1), store.read("d")) == (b"x" * 200_000, b"y", None)
+        store.delete("a")
+        asked = [("PUT", "a"), ("PUT", "b"), ("PUT", "c"), ("GET", "a"), ("GET", "b"), ("GET", "d"), ("DELETE", "a")]
+        assert faults.seen[before:] == [(method, f"/bkt/requests/{name}") for method, name in asked]
+
+
+def test_of_many_files_each_is_synced_and_then_their_folders_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    files = {f"{folder}/{i}": f"{folder} {i}".encode() for folder in "ab" for i in range(20)}
+    Store(str(tmp_path)).write_each(files.items())
+    assert sorted(synced[40:]) == [tmp_path / "a", tmp_path / "b"]
+    assert len({path for path in synced[:40] if path.parent in synced[40:]}) == 40
+    assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
 
 
 def test_hiccups_of_a_store_are_retried(s3_endpoint: str) -> None:
