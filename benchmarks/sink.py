@@ -5,13 +5,14 @@
 Both take the same distinct pictures, as uint8 blocks that lie in Ray's object store already, to PNG files in a local
 folder, in turn, and each run is timed as a whole; the peer is given a quarter of them, as it is slow. Ours is the run's
 own last step: names that follow from the content, every file synced to the disk, a manifest part for each shard.
-Afterwards every picture is read back by Pillow and compared. Beside the time stands the processor time of all of Ray's
-processes, which other programs on the machine disturb less.
+Afterwards every picture is read back by Pillow and compared. The same without Ray: one writer against what one task of
+the peer does. Beside pictures a second stands the processor time of one in ms, which other programs disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ import psutil
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 
 from benchmarks.finished import finished
 from benchmarks.pictures import distinct
@@ -38,6 +40,15 @@ from pipelines.sink import ShardWriter
 
 Pictures = list[NDArray[np.uint8]]
 ENCODERS = ("pillow", "fpng")
+WATCHED = (
+    (sink, "_rows", "rows"),
+    (sink, "encode", "encode"),
+    (sink, "describe", "describe"),
+    (sink, "content_name", "hash"),
+    (manifest, "part_bytes", "part"),
+    (sink, "commit_shard", "files"),
+    (os, "fsync", "fsync, all threads"),
+)
 
 
 class Clock:
@@ -71,6 +82,19 @@ def peer(pictures: Pictures, per_block: int, folder: str, filesystem: Any = None
     dataset = ray.data.from_numpy(batches)
     with Clock(len(pictures)) as clock:
         dataset.write_images(folder, column="data", file_format="png", filesystem=filesystem)
+    return clock
+
+
+def peer_alone(pictures: Pictures, folder: Path) -> Clock:
+    """What one task of `write_images` does, in this process: Pillow's default, one file after the other, not synced."""
+    filesystem = LocalFileSystem()
+    folder.mkdir()
+    with Clock(len(pictures)) as clock:
+        for i, picture in enumerate(pictures):
+            with filesystem.open_output_stream(str(folder / f"{i}.png")) as file:
+                buffer = io.BytesIO()
+                Image.fromarray(picture).save(buffer, format="png")
+                file.write(buffer.getvalue())
     return clock
 
 
@@ -113,31 +137,17 @@ def watched(owner: Any, name: str, spent: dict[str, float], what: str) -> Iterat
         yield
 
 
-def shares(writer: ShardWriter, shards: list[pa.Table]) -> dict[str, float]:
-    """Of the time of one writer alone, without Ray: where it goes. `fsync` is a sum over threads, so it is part of
-    `files`, or more than it."""
+def ours_alone(writer: ShardWriter, shards: list[pa.Table], shares: bool = False) -> tuple[Clock, dict[str, float]]:
+    """One writer in this process, without Ray; with `shares`, of its time. `fsync` is a sum over threads that are a
+    part of `files`, so it may be more than that."""
     spent: dict[str, float] = {}
     with ExitStack() as stack:
-        for owner, name, what in (
-            (sink, "encode", "encode"),
-            (sink, "content_name", "hash"),
-            (sink, "describe", "describe"),
-            (sink, "_rows", "rows"),
-            (manifest, "part_bytes", "part"),
-            (sink, "commit_shard", "files"),
-            (os, "fsync", "fsync, all threads"),
-        ):
+        for owner, name, what in WATCHED if shares else ():
             stack.enter_context(watched(owner, name, spent, what))
-        start, cpu = time.perf_counter(), time.process_time()
-        for shard in shards:
-            writer(shard)
-        whole, cpu = time.perf_counter() - start, time.process_time() - cpu
-    num = sum(shard.num_rows for shard in shards)
-    return {
-        "ms_a_picture": round(1000 * whole / num, 2),
-        "cpu_ms_a_picture": round(1000 * cpu / num, 2),
-        **{what: round(seconds / whole, 3) for what, seconds in spent.items()},
-    }
+        with Clock(sum(shard.num_rows for shard in shards)) as clock:
+            for shard in shards:
+                writer(shard)
+    return clock, {what: round(seconds * clock.rate / clock.num, 3) for what, seconds in spent.items()}
 
 
 def main() -> None:
@@ -156,6 +166,7 @@ def main() -> None:
     pictures = distinct(args.pictures, args.size)
     few = pictures[: max(args.per_shard * args.cpus, args.pictures // 4)]
     rounds: list[dict[str, Clock]] = []
+    sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         root = Path(temporary)
 
@@ -165,28 +176,34 @@ def main() -> None:
         for n in range(args.rounds + 1):
             # The first round starts Ray's processes and is thrown away.
             first = pictures[: args.per_shard * args.cpus * 2] if n == 0 else None
-            clocks = {"write_images": peer(first or few, args.per_shard, str(root / f"peer-{n}"))}
+            clocks = {
+                "alone, peer": peer_alone(first or few, root / f"alone-{n}"),
+                "ray, peer": peer(first or few, args.per_shard, str(root / f"peer-{n}")),
+            }
             for encoder in ENCODERS:
-                name = f"{encoder}-{n}"
-                clocks[encoder] = ours(*finished(first or pictures, args.per_shard, sink_of(name, encoder)))
-                compare(root / name, first or pictures)
-                shutil.rmtree(root / name)
+                for where in ("alone", "ray"):
+                    name = f"{where}-{encoder}-{n}"
+                    made = finished(first or pictures, args.per_shard, sink_of(name, encoder))
+                    clocks[f"{where}, {encoder}"] = ours(*made) if where == "ray" else ours_alone(*made)[0]
+                    sizes[encoder] = compare(root / name, first or pictures)
+                    shutil.rmtree(root / name)
             if n:
                 rounds.append(clocks)
-                print(
-                    json.dumps({name: [round(c.rate, 1), round(c.cpu_ms, 2)] for name, c in clocks.items()}), flush=True
-                )
-        sizes = {}
+                print(json.dumps({name: [round(c.rate, 1), round(c.cpu_ms, 2)] for name, c in clocks.items()}))
         for encoder in ENCODERS:
-            name = f"alone-{encoder}"
-            print(json.dumps({encoder: shares(*finished(few, args.per_shard, sink_of(name, encoder)))}), flush=True)
-            sizes[encoder] = compare(root / name, few)
+            made = finished(few, args.per_shard, sink_of(f"shares-{encoder}", encoder))
+            print(json.dumps({f"shares, {encoder}": ours_alone(*made, shares=True)[1]}))
     ray.shutdown()
-    for encoder in ENCODERS:
-        said: dict[str, Any] = {"png_encoder": encoder, "bytes_over_pillow": round(sizes[encoder] / sizes["pillow"], 3)}
-        said["rate_over_write_images"] = spread(one[encoder].rate / one["write_images"].rate for one in rounds)
-        said["cpu_under_write_images"] = spread(one["write_images"].cpu_ms / one[encoder].cpu_ms for one in rounds)
-        print(json.dumps({**said, "load": os.getloadavg()[0]}))
+    for where in ("alone", "ray"):
+        for encoder in ENCODERS:
+            both = [(one[f"{where}, {encoder}"], one[f"{where}, peer"]) for one in rounds]
+            said = {
+                "rate_over_peer": spread(one.rate / theirs.rate for one, theirs in both),
+                "cpu_under_peer": spread(theirs.cpu_ms / one.cpu_ms for one, theirs in both),
+                "bytes_over_pillow": round(sizes[encoder] / sizes["pillow"], 3),
+                "load": os.getloadavg()[0],
+            }
+            print(json.dumps({f"{where}, {encoder}": said}))
 
 
 def spread(ratios: Iterable[float]) -> list[float]:
