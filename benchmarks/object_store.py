@@ -1,6 +1,6 @@
 """Figure: pictures a second into an object store that is 30 ms away, and the requests that they take.
 
-    python -m benchmarks.object_store [--pictures 256] [--per-shard 64] [--delay-ms 30] [--rounds 3] [--cpus 2]
+    python -m benchmarks.object_store [--pictures 256] [--per-shard 64] [--delay-ms 30] [--rounds 3]
 
 The store is `benchmarks/s3_server.py`, on this machine, which answers each request so much later. Two comparisons, in
 turn: one writer in one process, `ShardWriter` from pixels to the committed part against pyarrow's S3 files one after
@@ -33,7 +33,7 @@ from benchmarks.finished import finished
 from benchmarks.pictures import distinct
 from benchmarks.s3_server import counts
 from pipelines import read_manifest
-from pipelines.cluster import quiet_ray_data
+from pipelines.cluster import ray_cluster
 from pipelines.images import encode
 from tests.conftest import free_port
 from tests.faults.outside import Options, s3
@@ -84,15 +84,10 @@ def main() -> None:
     parser.add_argument("--per-shard", type=int, default=64)
     parser.add_argument("--delay-ms", type=float, default=30)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpus", type=int, default=2)
     args = parser.parse_args()
-    import ray
-
-    ray.init("local", num_cpus=args.cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    quiet_ray_data()
     pictures = distinct(args.pictures, args.size)
     images = [encode(one, "png", png_encoder="fpng") for one in pictures[:FEW]]
-    with far_away(args.delay_ms) as url, tempfile.TemporaryDirectory() as nowhere:
+    with ray_cluster(None), far_away(args.delay_ms) as url, tempfile.TemporaryDirectory() as nowhere:
         os.chdir(Path(nowhere))
         options: Options = {"endpoint_url": url, "key": "key", "secret": "secret"}
         theirs = S3FileSystem(
@@ -129,7 +124,6 @@ def main() -> None:
                 for name, value in line.items():
                     rates.setdefault(name, []).append(value)
                 print(json.dumps({name: round(value, 2) for name, value in line.items()}), flush=True)
-    ray.shutdown()
     for ours, peer in (("alone", "alone, pyarrow"), ("ray", "ray, write_images")):
         for encoder in ("fpng", "pillow"):
             found = sink.spread(a / b for a, b in zip(rates[f"{ours}, {encoder}"], rates[peer], strict=True))

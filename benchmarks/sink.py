@@ -1,12 +1,12 @@
 """Figure: pictures a second into a lossless image sink, against `Dataset.write_images` of Ray Data.
 
-    python -m benchmarks.sink [--pictures 768] [--size 512] [--per-shard 16] [--rounds 3] [--cpus 2]
+    python -m benchmarks.sink [--pictures 768] [--size 512] [--per-shard 16] [--rounds 3]
 
 Both take the same distinct pictures, as uint8 blocks that lie in Ray's object store already, to PNG files in a local
 folder, in turn, and each run is timed as a whole; the peer is given a quarter of them, as it is slow. Ours is the run's
 own last step: names that follow from the content, every file synced to the disk, a manifest part for each shard.
 Afterwards every picture is read back by Pillow and compared. The same without Ray: one writer against what one task of
-the peer does. Beside pictures a second stands the processor time of one in ms, which other programs disturb less.
+the peer does; there also the processor time, which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
@@ -35,7 +34,7 @@ from pyarrow.fs import LocalFileSystem
 from benchmarks.finished import finished
 from benchmarks.pictures import distinct
 from pipelines import manifest, read_manifest, sink
-from pipelines.cluster import TASK_CPUS, quiet_ray_data
+from pipelines.cluster import TASK_CPUS, ray_cluster
 from pipelines.sink import ShardWriter
 
 Pictures = list[NDArray[np.uint8]]
@@ -52,27 +51,18 @@ WATCHED = (
 
 
 class Clock:
-    """How long a `with` block takes for `num` pictures: `rate` a second, `cpu_ms` each of this process and below it."""
+    """How long a `with` block takes for `num` pictures: `rate` a second, `cpu_ms` of this process each."""
 
     def __init__(self, num: int) -> None:
         self.num = num
 
     def __enter__(self) -> Clock:
-        self.start, self.cpu_s = time.perf_counter(), _cpu_s()
+        self.start, self.cpu_s = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.rate = self.num / (time.perf_counter() - self.start)
-        self.cpu_ms = 1000 * (_cpu_s() - self.cpu_s) / self.num
-
-
-def _cpu_s() -> float:
-    own = psutil.Process()
-    total = 0.0
-    for process in (own, *own.children(recursive=True)):
-        with suppress(psutil.Error):
-            total += sum(process.cpu_times()[:2])
-    return total
+        self.cpu_ms = 1000 * (time.process_time() - self.cpu_s) / self.num
 
 
 def peer(pictures: Pictures, per_block: int, folder: str, filesystem: Any = None) -> Clock:
@@ -156,18 +146,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--per-shard", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
-    import ray
-
-    ray.init("local", num_cpus=args.cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    quiet_ray_data()
     pictures = distinct(args.pictures, args.size)
-    few = pictures[: max(args.per_shard * args.cpus, args.pictures // 4)]
+    few = pictures[: max(2 * args.per_shard, args.pictures // 4)]
     rounds: list[dict[str, Clock]] = []
     sizes: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+    with ray_cluster(None), tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         root = Path(temporary)
 
         def sink_of(name: str, encoder: str) -> dict[str, Any]:
@@ -175,7 +160,7 @@ def main() -> None:
 
         for n in range(args.rounds + 1):
             # The first round starts Ray's processes and is thrown away.
-            first = pictures[: args.per_shard * args.cpus * 2] if n == 0 else None
+            first = pictures[: 16 * args.per_shard] if n == 0 else None
             clocks = {
                 "alone, peer": peer_alone(first or few, root / f"alone-{n}"),
                 "ray, peer": peer(first or few, args.per_shard, str(root / f"peer-{n}")),
@@ -189,17 +174,21 @@ def main() -> None:
                     shutil.rmtree(root / name)
             if n:
                 rounds.append(clocks)
-                print(json.dumps({name: [round(c.rate, 1), round(c.cpu_ms, 2)] for name, c in clocks.items()}))
+                print(json.dumps({name: round(clock.rate, 1) for name, clock in clocks.items()}), flush=True)
         for encoder in ENCODERS:
             made = finished(few, args.per_shard, sink_of(f"shares-{encoder}", encoder))
             print(json.dumps({f"shares, {encoder}": ours_alone(*made, shares=True)[1]}))
-    ray.shutdown()
     for where in ("alone", "ray"):
         for encoder in ENCODERS:
             both = [(one[f"{where}, {encoder}"], one[f"{where}, peer"]) for one in rounds]
             said = {
                 "rate_over_peer": spread(one.rate / theirs.rate for one, theirs in both),
-                "cpu_under_peer": spread(theirs.cpu_ms / one.cpu_ms for one, theirs in both),
+                # Of Ray's processes nobody knows.
+                **(
+                    {"cpu_under_peer": spread(theirs.cpu_ms / one.cpu_ms for one, theirs in both)}
+                    if where == "alone"
+                    else {}
+                ),
                 "bytes_over_pillow": round(sizes[encoder] / sizes["pillow"], 3),
                 "load": os.getloadavg()[0],
             }

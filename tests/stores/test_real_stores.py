@@ -130,7 +130,7 @@ def test_a_run_goes_on_through_a_storm_and_an_outage_and_ends_in_the_same_bytes(
                 threading.Timer(self.away_s, ceph.start_gateway).start()
 
     away = Away()
-    with Faults(ceph.url, storm(0.2)) as faults:
+    with Faults(ceph.url, storm(0.2), seed=5) as faults:
         begun = time.monotonic()
         summary = run(job(ceph, faults.url), listener=away)
         assert time.monotonic() - begun > away.away_s > 0
