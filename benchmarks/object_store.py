@@ -20,6 +20,7 @@ import tempfile
 import time
 import urllib.error
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,13 @@ def compare(out: str, options: Options, pictures: sink.Pictures) -> None:
     bucket, _, prefix = out.removeprefix("s3://").partition("/")
     rows = read_manifest(out, storage_options=options).to_pylist()
     assert sorted(row["seed"] for row in rows) == list(range(len(pictures)))
-    for row in rows:
+
+    def whole(row: dict[str, Any]) -> None:
         body = client.get_object(Bucket=bucket, Key=f"{prefix}/{row['uri']}")["Body"].read()
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(body))), pictures[row["seed"]])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(whole, rows))
 
 
 def main() -> None:
