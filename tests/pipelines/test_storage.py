@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import threading
 import time
@@ -96,6 +97,14 @@ def test_one_object_is_one_request(s3_endpoint: str) -> None:
         store.delete("a")
         asked = [("PUT", "a"), ("PUT", "b"), ("PUT", "c"), ("GET", "a"), ("GET", "b"), ("GET", "d"), ("DELETE", "a")]
         assert faults.seen[before:] == [(method, f"/bkt/requests/{name}") for method, name in asked]
+
+
+def test_stores_that_come_to_a_process_share_a_connection_and_its_own_do_not(s3_options: dict[str, Any]) -> None:
+    here, other = Store("s3://bkt/shared", s3_options), Store("s3://bkt/shared", {**s3_options, "anon": True})
+    came = [pickle.loads(pickle.dumps(store)) for store in (here, here, other)]
+    came[0].write("a", b"x")
+    assert came[1].read("a") == b"x"
+    assert len({id(store.filesystem) for store in (*came, here, Store("s3://bkt/shared", s3_options))}) == 4
 
 
 def test_of_many_files_each_is_synced_and_then_their_folders_once(
