@@ -355,7 +355,7 @@ def plan_of(keys: tuple[str, ...]) -> Plan:
     each = [keys[i : i + ROWS_PER_SHARD] for i in range(0, len(keys), ROWS_PER_SHARD)]
     digests = "".join(manifest.keys_digest(some) for some in each)
     shards = Shards.all_of(plan_id, [ROWS_PER_SHARD] * len(each), [1.0] * len(each), digests)
-    return Plan(plan_id, {}, {"keys": list(keys)}, 1, 1, 1, len(keys), len(keys), 0, "", "", shards)
+    return Plan(plan_id, {}, {"keys": list(keys)}, 1, 1, len(keys), len(keys), 0, "", "", shards)
 
 
 @lru_cache(None)

@@ -182,7 +182,7 @@ def test_planned_rows_are_read_too_in_a_deep_look(sink_job: Callable[..., Job], 
     out = tmp_path / "out"
     whole(sink_job())
     [rows] = out.glob("_ldm/plans/*/rows-*.parquet")
-    flip(rows)
+    rows.write_bytes(rows.read_bytes()[:-20])
     [fault] = verify(str(out), deep=True).faults
     assert fault.startswith(f"{rows} is damaged")
     rows.unlink()
