@@ -2,7 +2,8 @@
 
     python -m benchmarks.handover [busy-250] [busy-50] [scale-out] [shards] [--batches 60] [--rounds 3]
 
-    busy-250   16 pictures of 512 px in 250 ms, through PNG files, digests and manifest: ideal time ÷ span, one worker
+    busy-250   16 pictures of 512 px in 250 ms, through PNG files by fpng, digests and manifest: ideal time ÷ span, one
+               worker
     busy-50    32 images of 256 px in 50 ms, from JPEG files to latents: the same
     scale-out  rows a second of 8 workers at 250 ms a batch ÷ 8 × those of one
     shards     shards a second that one driver moves, a device batch taking no time; and the driver's own CPU time
@@ -72,7 +73,7 @@ def planned(load: Load, folder: Path) -> tuple[Store, Plan]:
     data = {
         "source": source,
         "stages": [stage],
-        "sink": {"path": str(folder / "out")},
+        "sink": {"path": str(folder / "out"), **({"png_encoder": "fpng"} if load.op == "txt2img" else {})},
         "batches_per_shard": load.batches_per_shard,
     }
     path = folder / "job.yaml"
@@ -150,7 +151,7 @@ def peer(load: Load, folder: Path) -> float:
         from pipelines.images import encode
 
         for i, pixels in zip(batch["id"], batch["image"], strict=True):
-            (out / f"{i}.png").write_bytes(encode(pixels, "png"))
+            (out / f"{i}.png").write_bytes(encode(pixels, "png", png_encoder="fpng"))
         return {"id": batch["id"]}
 
     made = rows.map_batches(
