@@ -203,7 +203,8 @@ def test_rows_that_all_kill_their_worker_come_to_an_end(until_done: Any) -> None
 
 
 def test_a_worker_that_is_killed_from_outside_costs_no_row(until_done: Any) -> None:
-    rows, deaths, batches = until_done(["killed a", "fine b", "fine c", "fine d", "fine e"], once=True)
+    # In the plan's order, which goes by prompts: it is the first batch that dies.
+    rows, deaths, batches = until_done(["killed a", "too b", "too c", "too d", "too e"], once=True)
     assert deaths == 1
     assert {row["status"] for row in rows.values()} == {"ok"}
     # Those that it was at are done alone then.
