@@ -9,7 +9,7 @@ from benchmarks.figure import Figure
 from tests.faults.outside import look
 from tests.faults.soak import finish, start, undisturbed, write_job
 
-ROWS, STEPS = 48, 60
+ROWS, STEPS = 48, 200
 WAYS = {"refuse": (), "join": ("--join",), "takeover": ("--takeover",)}
 EXITS = {"refuse": (0, 75), "join": (0, 0), "takeover": (75, 0)}
 
