@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -138,11 +139,14 @@ def start(path: Path, *options: str) -> subprocess.Popen[str]:
 def wait_for_a_part(out: Path, process: subprocess.Popen[str]) -> None:
     """One of this very run: the workers of a killed one may still commit what they have in hand."""
     before = {run.name for run in (out / "_ldm/runs").glob("*")}
-    for _ in range(1200):
-        if any(row["run_id"] not in before for row in reader.rows(out)):
-            return
+    theirs: set[Path] = set()
+    for _ in range(600):
+        for part in set(out.glob("manifest/*/*.parquet")) - theirs:
+            if pq.read_table(part, columns=["run_id"])["run_id"][0].as_py() not in before:
+                return
+            theirs.add(part)
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        time.sleep(0.1)
     raise AssertionError("no part in a minute")
 
 
