@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.pictures import natural
 from ldm_ops.adapters import NO_ADAPTERS, Adapters
 from ldm_ops.encode import Encode
 from ldm_ops.op import Row
@@ -66,15 +67,8 @@ def wait(begin: float, seconds: float, notes: str) -> None:
 
 @cache
 def scene(side: int) -> NDArray[np.uint8]:
-    """(2·side, 2·side, 3) of soft blobs under a little grain: as hard to compress as a photograph."""
-    rng = np.random.default_rng(0)
-    coarse = rng.uniform(0, 255, (9, 9, 3))
-    at = np.linspace(0, 8, 2 * side)
-    low = np.minimum(at.astype(int), 7)
-    part = (at - low)[:, None, None]
-    tall = coarse[low] * (1 - part) + coarse[low + 1] * part
-    wide = tall[:, low] * (1 - part[:, :, 0][None]) + tall[:, low + 1] * part[:, :, 0][None]
-    return np.clip(wide + rng.normal(0, 4, wide.shape), 0, 255).astype(np.uint8)
+    """Twice as wide and high as the pictures that are cut from it."""
+    return natural(2 * side, 0)
 
 
 def photo(side: int, number: int) -> NDArray[np.uint8]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -18,45 +17,40 @@ import numpy as np
 
 from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest
-from pipelines.adapters import AND, StageAdapters
-from pipelines.cluster import TASK_CPUS, Fit, fit, num_cpus, ray_cluster
+from pipelines.adapters import StageAdapters
+from pipelines.cluster import fit, num_cpus, ray_cluster
+from pipelines.dataset import Rows, dataset, plain_error
 from pipelines.equipment import encoder_of, plan_adapters, plan_models, signer
 from pipelines.errors import (
     EXIT_DEAD_LETTERS,
     EXIT_OK,
-    JobError,
     LdmError,
     NotWhole,
     RunAlive,
     RunFailed,
-    told_by,
 )
 from pipelines.image_folder import write_metadata
 from pipelines.job import Job
-from pipelines.journal import MOST_DEATHS_PER_ROW, forget
-from pipelines.loading import LoadShard, image_loader, place
+from pipelines.journal import forget
+from pipelines.loading import image_loader
+from pipelines.nodes import refuse_local_images, refuse_local_sink
 from pipelines.planner import Planned, plan
-from pipelines.plans import Plan, job_of, read_plans, read_shard
-from pipelines.shards import PLANS, Shard, Shards
+from pipelines.plans import Plan, job_of, read_plans
+from pipelines.shards import PLANS, Shards
 from pipelines.sink import ShardWriter
 from pipelines.stages import AnyStage
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
 from pipelines.totals import Totals, count, unfinished, write_success
 from pipelines.weights import Weights
-from pipelines.worker import Place, Worker
+from pipelines.worker import Place
 
 if TYPE_CHECKING:
-    import ray.data
+    pass
 
 WAVE, WAVE_PER_CPU = 4096, 64
 """Shards that Ray hears of at a time, at least: each costs it memory, and a millisecond before the first begins. A wave
 ends with workers that wait for the last of it, and the next loads the model again: little, at a minute a shard."""
-
-SPARE_DEATHS = 100
-"""Workers that may die, beside those that rows kill, before Ray gives a pool up."""
-
-CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the first computes
 
 
 @dataclass
@@ -76,10 +70,6 @@ class Summary:
     rows_per_s: float
     first_error: str | None
     totals: Totals
-
-
-Rows = dict[tuple[str, int], frozenset[str] | None]
-"""(plan id, shard) -> keys of rows to make again; None where a shard is to be done as if for the first time."""
 
 
 WAIT_OR_HELP = "wait for it, or pass --join to help it or --takeover to replace it"
@@ -392,22 +382,6 @@ def _execute(
         raise plain_error(error) from error
 
 
-def refuse_local_sink(store: Store, path: str) -> None:
-    """Refuse to scatter an output over the disks of several nodes.
-
-    Raises:
-        JobError: `file://` in front says that the folder is shared.
-    """
-    import ray
-
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if store.local is not None and nodes > 1 and not path.startswith("file://"):
-        raise JobError(
-            f"sink.path {path} is a folder of one machine, the cluster has {nodes} nodes; use s3://…, or "
-            "file:///… for a folder that all of them share"
-        )
-
-
 OF_NOW = ("workers", "num_gpus", "num_cpus", "batch_timeout_s")
 
 
@@ -419,99 +393,6 @@ def pool_stages(own: Job, job: Job) -> list[AnyStage]:
         stage.model_copy(update={name: getattr(now, name) for name in OF_NOW})
         for stage, now in zip(own.stages, job.stages, strict=True)
     ]
-
-
-def refuse_local_images(store: Store, shard: Shard) -> None:
-    """Refuse images of one machine's disk where other nodes would not find them.
-
-    Raises:
-        JobError: `file://` in front says that the folder is shared.
-    """
-    import ray
-
-    if sum(node["Alive"] for node in ray.nodes()) < 2:
-        return
-    rows = read_shard(store, shard.file, shard.index)
-    for name in ("image", "mask_image", "control_image", "latents", "lora"):
-        said = (value for value in rows[name].to_pylist() if value is not None)
-        places = (place for value in said for place in (value.split(AND) if name == "lora" else [value]))
-        where = next((place for place in places if place.startswith("/")), None)
-        if where is not None:
-            raise JobError(
-                f"{name} {where} is a file of one machine, the cluster has several nodes; put the files on s3://… and "
-                "the like, or name them file:///… where all nodes share the folder"
-            )
-
-
-def dataset(
-    store: Store,
-    todo: Shards,
-    redo: Rows,
-    stages: list[tuple[Fit, tuple[Any, ...]]],
-    writer: ShardWriter,
-    join: bool,
-    storage_options: dict[str, Any],
-    journal: str,
-) -> ray.data.Dataset:
-    """The whole pipeline, lazily; one shard is one block from end to end. `join` skips shards that are done by now."""
-    import ray.data
-
-    # In memory: Ray's own range would add read tasks of one whole CPU each, for which a small machine has no room.
-    # `from_arrow` would start a task for each.
-    places = ray.data.from_blocks([place(shard, redo.get((shard.plan_id, shard.index)), join) for shard in todo])
-    first: Place = stages[0][1][0]
-    first_weights: Weights = stages[0][1][2]
-    # Finite, and more than it takes: each death either names rows in the journal, or is one of few that may not.
-    deaths = SPARE_DEATHS + MOST_DEATHS_PER_ROW * int(todo.num_rows.sum())
-    load = LoadShard(store, first.loader, first_weights.revision, storage_options, journal)
-    shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-    task = {**shape, "num_cpus": TASK_CPUS, "max_retries": deaths}
-    with warnings.catch_warnings():
-        # Ray Data's defaults start what dies again for ever; finite limits have no named parameter yet (Ray 2.60).
-        warnings.simplefilter("ignore")
-        shards = places.map_batches(load, **task)
-        for pool, arguments in stages:
-            at: Place = arguments[0]
-            # A class of its own per stage, or Ray's dashboard calls all of them by the same name.
-            worker_class = type(f"{at.stage.op.title()}{at.index or ''}", (Worker,), {})
-            shards = shards.map_batches(
-                worker_class,
-                **shape,
-                fn_constructor_args=(*arguments, journal),
-                # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
-                compute=ray.data.ActorPoolStrategy(
-                    size=pool.workers,
-                    max_tasks_in_flight_per_actor=CALLS_PER_WORKER,
-                    max_concurrent_calls_per_actor=CALLS_PER_WORKER,
-                ),
-                num_cpus=pool.num_cpus,
-                num_gpus=pool.num_gpus,
-                max_restarts=deaths,
-                max_task_retries=deaths,
-            )
-        return shards.map_batches(writer, **task)
-
-
-def plain_error(error: BaseException) -> LdmError:
-    """The one of ours inside what Ray raised, else RunFailed with the innermost message."""
-    seen: list[BaseException] = []
-    here: BaseException | None = error
-    while here is not None and here not in seen:
-        seen.append(here)
-        if isinstance(here, LdmError):
-            return here
-        here = getattr(here, "cause", None) or here.__cause__ or here.__context__
-    # Of a worker that died while it started only the text of its traceback is left.
-    for one in seen:
-        if (ours := told_by(str(one))) is not None:
-            return ours
-    # Ray Data hangs a wordless exception of its own behind the one that tells.
-    inner = next((error for error in reversed(seen) if str(error).strip()), seen[-1])
-    first, chained, _ = str(error).partition("The above exception was the direct cause")
-    lines = [line for line in (first if chained else str(inner)).strip().splitlines() if line.strip()]
-    what = lines[-1] if lines else str(inner)
-    kind = "" if chained else f"{type(inner).__name__}: "
-    return RunFailed(f"{kind}{what}; what is committed stays, run the same command again")
 
 
 def _environment() -> dict[str, Any]:

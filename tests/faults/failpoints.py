@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -370,8 +371,8 @@ def _quiet() -> Iterator[None]:
 
 def _import_everything(model: str) -> None:
     """Once here, or every child does it anew."""
-    import s3fs  # noqa: F401 - for what comes with it
-
+    # The run and the repair below are on a disk, and need it not.
+    import_module("s3fs")
     with tempfile.TemporaryDirectory() as folder:
         run(make_job(folder, model, None))
         redo(make_job(folder, model, None), lambda store, plans: damage(store))
