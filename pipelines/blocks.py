@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,24 @@ the picture so far, as .npy bytes; `kept` those of earlier stages that are to be
 
 
 def with_results(planned: pa.Table, results: list[dict[str, Any]]) -> pa.Table:
-    """The first rows of `planned`, one per result, with RESULT_FIELDS as `results` say, in place of any before."""
+    """The first rows of `planned`, one per result, with RESULT_FIELDS as `results` say, in place of any before.
+
+    Arrays among them are packed.
+    """
     out = planned.slice(0, len(results))
     for field in RESULT_FIELDS:
-        column = pa.array([result.get(field.name) for result in results], field.type)
+        column = pa.array([_packed(result.get(field.name)) for result in results], field.type)
         at = out.schema.get_field_index(field.name)
         out = out.append_column(field, column) if at < 0 else out.set_column(at, field, column)
     return out
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return pack(value)
+    if isinstance(value, list):
+        return [{name: _packed(one) for name, one in entry.items()} for entry in value]
+    return value
 
 
 def pack(array: NDArray[Any]) -> bytes:
@@ -109,16 +121,21 @@ def views(column: pa.ChunkedArray) -> Iterator[NDArray[Any] | None]:
         _, bounds, data = chunk.buffers()
         ends = np.frombuffer(bounds, np.int32)[chunk.offset :].tolist()
         for is_valid, start, end in zip(chunk.is_valid().to_pylist(), ends, ends[1:], strict=False):
-            yield _view(data.slice(start, end - start)) if is_valid else None
+            yield unpack(data.slice(start, end - start)) if is_valid else None
 
 
-def _view(data: pa.Buffer) -> NDArray[Any]:
-    head = pa.BufferReader(data)
-    np.lib.format.read_magic(head)
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
-    return np.frombuffer(data, dtype, offset=head.tell()).reshape(shape, order="F" if is_fortran else "C")
+def unpack(data: bytes | pa.Buffer) -> NDArray[Any]:
+    """What was packed: read-only, in the memory of `data`, and nothing is copied."""
+    view = memoryview(data)
+    # Of version 1, as `pack` writes it: ten bytes, the last two of which say how long the header is.
+    end = 10 + int.from_bytes(view[8:10], "little")
+    shape, is_fortran, dtype = _header(bytes(view[:end]))
+    return np.frombuffer(view, dtype, offset=end).reshape(shape, order="F" if is_fortran else "C")
 
 
-def unpack(data: bytes) -> NDArray[Any]:
-    """The inverse of `pack`."""
-    return np.load(io.BytesIO(data), allow_pickle=False)  # type: ignore[no-any-return]
+@lru_cache(maxsize=1024)
+def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Parsed once for each: numpy reads it as Python source, which takes longer than to copy a small picture."""
+    file = io.BytesIO(head)
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)

@@ -67,6 +67,8 @@ def dataset(
                     size=pool.workers,
                     max_tasks_in_flight_per_actor=CALLS_PER_WORKER,
                     max_concurrent_calls_per_actor=CALLS_PER_WORKER,
+                    # Ray's own lock would be around the whole call, and the device wait while results are packed.
+                    enable_true_multi_threading=True,
                 ),
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,

@@ -95,6 +95,8 @@ class Record:
         self.journal = journal
         self.path = journal.folder / f"{name}.jsonl"
         self.deaths, last = _read(self.path)
+        # Unbuffered, and open for as long as the work takes: it is written twice a device batch.
+        self.file: BinaryIO = self.path.open("ab", buffering=0)
         if last is not None:
             self.deaths.append(last)
             self._write(asdict(last))
@@ -148,13 +150,13 @@ class Record:
             self._write({"closed": True})
         else:
             self.path.unlink()
+        self.file.close()
 
     def _say(self, words: str) -> None:
         self.journal.file.write(f"Said: {words}\n".encode(errors="replace"))
 
     def _write(self, event: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(event).encode() + b"\n")
+        self.file.write(json.dumps(event).encode() + b"\n")
 
 
 def _read(path: Path) -> tuple[list[Death], Death | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from ldm_ops.device import device_name, free_memory, set_threads
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
-from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, pack, unpack, with_results
+from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, unpack, with_results
 from pipelines.heartbeat import Permit
 from pipelines.inputs import BadImage, Loader
 from pipelines.journal import Death, Record, journal_of
@@ -45,18 +46,35 @@ class Place:
             row["prompt"] = row["prompt"] if row["prompt"] is not None else planned["prompt"]
             row["seed"] = derived_seed(planned["seed"], f"stage {self.index}", 0)
             row["lora"] = self.adapters.lora
-        row["image"] = None if planned["pixels"] is None else unpack(planned["pixels"])
-        row["mask_image"] = None if planned["mask_pixels"] is None else unpack(planned["mask_pixels"])
-        row["control_image"] = None if planned["control_pixels"] is None else unpack(planned["control_pixels"])
+        row["key"] = planned["key"]
         row["lora_revision"] = self.adapters.lora_revision if self.index else planned["lora_revision"]
-        row["latents"] = None if planned["latents_data"] is None else unpack(planned["latents_data"])
+        for name, packed in ARRAYS.items():
+            row[name] = None if planned[packed] is None else unpack(planned[packed])
+        return row
+
+    def fit(self, row: dict[str, Any]) -> None:
+        """Cut what an earlier stage made to what this one takes; in the first, it came in so.
+
+        Raises:
+            BadImage: it cannot be.
+        """
         if self.index and self.loader is not None:
             cut = self.loader.fit(row["image"], row["height"], row["width"])
             row["image"] = cut.image
             if self.stage.op == "encode":
                 # What a training has to know is the cut that these latents show.
                 row["geometry"] = {name: getattr(cut, name) for name in GEOMETRY}
-        return row
+
+
+ARRAYS = {
+    "image": "pixels",
+    "mask_image": "mask_pixels",
+    "control_image": "control_pixels",
+    "latents": "latents_data",
+}
+"""What an op calls them: how they travel."""
+
+_TOLD = ("seed", "num_inference_steps", "guidance_scale", "scheduler", "strength")
 
 
 class Worker:
@@ -86,6 +104,7 @@ class Worker:
         self.device = device_name(op.device)
         self.safe_size: dict[tuple[Any, ...], int] = {}
         self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.device_lock = threading.Lock()
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         if self.permit is not None and self.permit.is_over:
@@ -93,39 +112,56 @@ class Worker:
         rows = shard.to_pylist()
         if not rows:
             return shard
-        record = self._record(rows[0])
+        fresh = {i: self.place.row(planned) for i, planned in enumerate(rows) if planned["status"] is None}
+        # Two calls at a time: one has the device while the other's rows come in, or its results are packed.
+        with self.device_lock:
+            made = self._make(rows[0], fresh)
         results = [{field.name: row[field.name] for field in RESULT_FIELDS} for row in rows]
-        # By what must be equal, in the shard's own order: the plan fixes the shard, and with it every batch.
-        buckets: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
-        for i, planned in enumerate(rows):
-            if planned["status"] is not None:
-                continue
-            if record and (death := record.verdict(planned["key"])):
-                results[i] |= self._done(planned, fatality(death))
-                continue
-            try:
-                with record.doing([planned["key"]]) if record else nullcontext():
-                    row = self.place.row(planned)
-                    row["loras"] = self.loras.take(row["lora"], row["lora_revision"], row["lora_scale"])
-            except (BadImage, RowRefused) as error:
-                results[i] |= self._done(planned, failure(self.op, error))
-                continue
-            buckets.setdefault(self.op.bucket(row), []).append((i, {**row, "key": planned["key"]}))
-        size = self.place.stage.batch_size
+        for i, result in made.items():
+            results[i] |= self._done(rows[i], result, fresh[i])
+        return with_results(shard, results)
+
+    def _make(self, first: Row, fresh: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The results of a shard's `fresh` rows, each by its place in the shard, as `first` one's plan has it."""
+        # Inside the lock: what a process leaves of its end tells of one piece of work.
+        record = self._record(first)
+        made: dict[int, dict[str, Any]] = {}
+        if record and record.deaths:
+            verdicts = {i: record.verdict(row["key"]) for i, row in fresh.items()}
+            made |= {i: fatality(death) for i, death in verdicts.items() if death}
         suspects = record.suspects if record else set()
+        left = [i for i in fresh if i not in made]
+        for some in [[i] for i in left] if suspects else [left]:
+            with record.doing([fresh[i]["key"] for i in some]) if record else nullcontext():
+                made |= self._equip({i: fresh[i] for i in some})
+        # By what must be equal, in the shard's own order: the plan fixes the shard, and with it every batch.
+        buckets: dict[tuple[Any, ...], list[int]] = {}
+        for i in left:
+            if i not in made:
+                buckets.setdefault(self.op.bucket(fresh[i]), []).append(i)
+        size = self.place.stage.batch_size
         for bucket, members in buckets.items():
-            for first in range(0, len(members), size):
-                batch = members[first : first + size]
+            for start in range(0, len(members), size):
+                batch = members[start : start + size]
                 # One at a time, and padded, so with the same bytes.
-                alone = [[member] for member in batch if member[1]["key"] in suspects]
-                together = [member for member in batch if member[1]["key"] not in suspects]
+                alone = [[i] for i in batch if fresh[i]["key"] in suspects]
+                together = [i for i in batch if fresh[i]["key"] not in suspects]
                 for some in ([together] if together else []) + alone:
-                    made = self._batch(bucket, [row for _, row in some], record)
-                    for (i, row), result in zip(some, made, strict=True):
-                        results[i] |= self._done(rows[i], result, row)
+                    made |= zip(some, self._batch(bucket, [fresh[i] for i in some], record), strict=True)
         if record:
             record.close()
-        return with_results(shard, results)
+        return made
+
+    def _equip(self, rows: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """Give rows the cut and the LoRAs that they are to have; those that cannot have them, as results."""
+        refused = {}
+        for i, row in rows.items():
+            try:
+                self.place.fit(row)
+                row["loras"] = self.loras.take(row["lora"], row["lora_revision"], row["lora_scale"])
+            except (BadImage, RowRefused) as error:
+                refused[i] = failure(self.op, error)
+        return refused
 
     def _record(self, first: Row) -> Record | None:
         if self.journal is None:
@@ -151,7 +187,7 @@ class Worker:
         each = (time.perf_counter() - start) / len(rows)
         return [{**result, "duration_s": each} for result in results]
 
-    def _done(self, before: Row, result: dict[str, Any], row: Row | None = None) -> dict[str, Any]:
+    def _done(self, before: Row, result: dict[str, Any], row: Row) -> dict[str, Any]:
         """`result` of this stage as RESULT_FIELDS, on top of what came `before`."""
         stage = self.place.stage
         record = {
@@ -163,10 +199,10 @@ class Worker:
             "worker": self.name,
             **{name: result.get(name) for name in ("batch_size", "duration_s")},
             **{
-                name: row.get(name) if row is not None else None
+                name: row.get(name)
                 for name in ("seed", "num_inference_steps", "guidance_scale", "scheduler", "strength")
             },
-            "adapters": self.place.adapters.records(row) if row is not None else [],
+            "adapters": self.place.adapters.records(row),
         }
         done = {**result, "stage": stage.op, "stages": [*(before["stages"] or ()), record]}
         if result["status"] == "ok":
@@ -176,7 +212,7 @@ class Worker:
             if stage.keep:
                 done["kept"] = [*(before["kept"] or ()), {"stage": self.place.index, "pixels": result["pixels"]}]
             done |= {name: True for name in ("nsfw", "prompt_truncated") if before[name]}
-            done |= (row or {}).get("geometry", {})
+            done |= row.get("geometry", {})
         else:
             done["pixels"] = None
         return {field.name: done[field.name] for field in RESULT_FIELDS if field.name in done}
@@ -238,15 +274,15 @@ def _run(op: Op, model: Any, rows: Sequence[Row], say: Callable[[str], None]) ->
 def success(output: dict[str, Any]) -> dict[str, Any]:
     """An op's output as results; a picture that the policy rejects is `filtered`."""
     if "latents" in output:
-        data = pack(output["latents"])
+        data = output["latents"]
         return {"status": "ok", "pixels": None, "latents_data": data, "flipped": output["flipped"]}
     if "prompt_embeds" in output:
         pooled = output["pooled_prompt_embeds"]
         return {
             "status": "ok",
             "pixels": None,
-            "embeds_data": pack(output["prompt_embeds"]),
-            "pooled_data": None if pooled is None else pack(pooled),
+            "embeds_data": output["prompt_embeds"],
+            "pooled_data": pooled,
             "prompt_truncated": output["prompt_truncated"],
         }
     image = output["image"]
@@ -254,12 +290,11 @@ def success(output: dict[str, Any]) -> dict[str, Any]:
         return {"status": "filtered", "nsfw": output["nsfw"], "error_type": "safety.rejected"}
     return {
         "status": "ok",
-        "pixels": pack(image),
+        "pixels": image,
         "nsfw": output["nsfw"],
         "prompt_truncated": output.get("prompt_truncated"),
         "intermediates": [
-            {"step": step, "latents": pack(latents), "preview": pack(preview)}
-            for step, latents, preview in output["intermediates"]
+            {"step": step, "latents": latents, "preview": preview} for step, latents, preview in output["intermediates"]
         ],
     }
 
