@@ -11,11 +11,13 @@ from pipelines.journal import MOST_DEATHS_PER_ROW
 from pipelines.loading import LoadShard, place
 from pipelines.shards import Shards
 from pipelines.sink import ShardWriter
+from pipelines.stages import reads
 from pipelines.storage import Store
 from pipelines.weights import Weights
 from pipelines.worker import Place, Worker
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import ray.data
 
 SPARE_DEATHS = 100
@@ -25,6 +27,21 @@ CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the fi
 
 Rows = dict[tuple[str, int], frozenset[str] | None]
 """(plan id, shard) -> keys of rows to make again; None where a shard is to be done as if for the first time."""
+
+
+BROUGHT = frozenset({"image", "control_image", "latents"})
+"""What a stage may read that is not in a plan's rows."""
+
+
+class Reader(Worker):
+    """A worker that is given the place of a shard, and reads its rows itself."""
+
+    def __init__(self, *arguments: Any, load: LoadShard) -> None:
+        super().__init__(*arguments)
+        self.load = load
+
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        return super().__call__(self.load(shard))
 
 
 def dataset(
@@ -50,18 +67,23 @@ def dataset(
     load = LoadShard(store, first.loader, first_weights.revision, storage_options, journal)
     shape: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     task = {**shape, "num_cpus": TASK_CPUS, "max_retries": deaths}
+    # What brings nothing along is read by its worker, while that computes the shard before: an operator costs a driver
+    # 5 ms a shard, and each of its processes seconds of imports.
+    brings = not BROUGHT.isdisjoint(reads(first.stage))
     with warnings.catch_warnings():
         # Ray Data's defaults start what dies again for ever; finite limits have no named parameter yet (Ray 2.60).
         warnings.simplefilter("ignore")
-        shards = places.map_batches(load, **task)
+        shards = places.map_batches(load, **task) if brings else places
         for pool, arguments in stages:
             at: Place = arguments[0]
             # A class of its own per stage, or Ray's dashboard calls all of them by the same name.
-            worker_class = type(f"{at.stage.op.title()}{at.index or ''}", (Worker,), {})
+            own = {} if brings or at.index else {"load": load}
+            worker_class = type(f"{at.stage.op.title()}{at.index or ''}", (Reader if own else Worker,), {})
             shards = shards.map_batches(
                 worker_class,
                 **shape,
                 fn_constructor_args=(*arguments, journal),
+                fn_constructor_kwargs=own,
                 # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
                 compute=ray.data.ActorPoolStrategy(
                     size=pool.workers,
