@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise, takewhile
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from ldm_ops.describe import WITH_T5, ModelFacts
 from pipelines import manifest
 from pipelines.adapters import StageAdapters, adapter_settings, identify_adapters
+from pipelines.batch_size import BatchSize, rows_at
 from pipelines.chunk import Chunk
 from pipelines.cutting import shard_of_batch
 from pipelines.errors import JobError
@@ -31,6 +32,7 @@ from pipelines.loading import image_loader
 from pipelines.plans import (
     Plan,
     add_plan,
+    job_of,
     read_plans,
     read_rows,
     refuse_other_job,
@@ -69,6 +71,11 @@ BUCKET = (
 )
 """What must be equal inside one device batch; beside it, whether there is a negative prompt at all: some pipelines
 (SDXL) treat none and an empty one differently, and a row must not notice its neighbours."""
+
+
+Measure = Callable[[Job, list[tuple[Weights, ModelFacts]], list[StageAdapters], pa.Table, list[BatchSize]], Job]
+"""A job, its stages' models and adapters, planned rows, each stage's size in an earlier plan (empty for the first) →
+the job with a size in the place of each `auto`."""
 
 
 @dataclass
@@ -123,14 +130,17 @@ def check(job: Job, limit: int | None = None) -> Planned:
     return _Planner(job, limit).plan([], None)
 
 
-def plan(job: Job, limit: int | None = None, extend: bool = False) -> Planned:
+def plan(job: Job, limit: int | None = None, extend: bool = False, measure: Measure | None = None) -> Planned:
     """Bring the output's plans up to date with the table, and write what is new.
+
+    Args:
+        measure: puts a size in the place of each `batch_size: auto`.
 
     Raises:
         JobError: the job, the model or a row is wrong.
         OutputHeldByOther: the output was made with other parameters, and `extend` is not set.
     """
-    planner = _Planner(job, limit)
+    planner = _Planner(job, limit, measure)
     store = Store(job.sink.path, job.sink.storage_options)
     memory = Memory(store, job, planner.settings, limit)
     while True:
@@ -175,9 +185,10 @@ def _lies_in(path: str, folder: str) -> bool:
 
 
 class _Planner:
-    def __init__(self, job: Job, limit: int | None) -> None:
+    def __init__(self, job: Job, limit: int | None, measure: Measure | None = None) -> None:
         self.job = job
         self.limit = limit
+        self.measure = measure
         self.models = [
             identify(stage.model, stage.revision, stage.variant, job.source.storage_options, stage.parts)
             for stage in job.stages
@@ -297,7 +308,8 @@ class _Planner:
             table = in_order(table)
             duplicates = np.array([counts[key] - 1 for key in table["key"].to_pylist()], dtype=np.int32)
             table = table.append_column("num_duplicates", pa.array(duplicates))
-            new, table, buckets = self._cut(table)
+            job = self._measured(table, plans) if store is not None else self.job
+            new, table, buckets = self._cut(job, table)
         return Planned(
             plans=plans + ([new] if new else []),
             new=new,
@@ -356,8 +368,16 @@ class _Planner:
             if left == 0:
                 return
 
-    def _cut(self, table: pa.Table) -> tuple[Plan, pa.Table, list[dict[str, Any]]]:
-        size = self.job.stage.batch_size
+    def _measured(self, table: pa.Table, plans: list[Plan]) -> Job:
+        if all(stage.batch_size != "auto" for stage in self.job.stages):
+            return self.job
+        if self.measure is None:
+            raise JobError("batch_size: auto is measured by `ldm-batch run` and `ldm-batch plan`; give a number here")
+        same = [p for p in plans if same_settings(p.settings, self.settings)]
+        known = [stage.batch_size for stage in job_of(same[-1]).stages] if same else []
+        return self.measure(self.job, self.models, self.adapters, table, known)
+
+    def _cut(self, job: Job, table: pa.Table) -> tuple[Plan, pa.Table, list[dict[str, Any]]]:
         change = np.zeros(table.num_rows, dtype=bool)
         change[0] = True
         for name in BUCKET:
@@ -369,9 +389,10 @@ class _Planner:
         bucket = np.cumsum(change) - 1
         within = np.arange(table.num_rows) - starts[bucket]
         batches = np.diff(np.append(starts, table.num_rows))
+        size = np.array([rows_at(job.stage.batch_size, int(pixels)) for pixels in _pixels(table)[starts]])
         per_bucket = -(-batches // size)
         first_batch = np.concatenate([[0], np.cumsum(per_bucket)[:-1]])
-        batch = first_batch[bucket] + within // size
+        batch = first_batch[bucket] + within // size[bucket]
         num_batches = int(per_bucket.sum())
         cost = _cost(table)
         grown = math.prod(SCALES.get(stage.op, 1) ** 2 for stage in self.job.stages)
@@ -388,16 +409,16 @@ class _Planner:
         bounds = np.append(np.flatnonzero(np.diff(shard, prepend=-1)), table.num_rows)
         pieces = [(int(a), int(b)) for a, b in pairwise(bounds)]
         digests = [manifest.keys_digest(keys[a:b]) for a, b in pieces]
-        pools = [[stage.batch_size, stage.num_threads] for stage in self.job.stages]
+        pools = [[stage.batch_size, stage.num_threads] for stage in job.stages]
         plan_id = digest([PROTOCOL, pools, digests])[:16]
         costs = np.add.reduceat(cost, bounds[:-1])
         shards = Shards.all_of(plan_id, np.diff(bounds), costs, "".join(digests))
         plan = Plan(
             plan_id=plan_id,
-            job=self.job.recorded(),
+            job=job.recorded(),
             settings=self.settings,
-            batch_size=size,
-            num_threads=self.job.stage.num_threads,
+            batch_size=int(size.max()),
+            num_threads=job.stage.num_threads,
             num_rows=table.num_rows,
             num_batches=num_batches,
             num_wrong=table.num_rows - int(table["problem"].null_count),

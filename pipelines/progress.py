@@ -26,6 +26,9 @@ class Progress:
         self.last_line = 0.0
         self.stopped = False
 
+    def measured(self, text: str) -> None:
+        self._line(text)
+
     def planned(self, planned: Planned, plans: list[tuple[Plan, Shards]]) -> None:
         num_shards = self._expect(plans)
         self.total_rows = sum(int(todo.num_rows.sum()) for _, todo in plans)

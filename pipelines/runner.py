@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from pipelines.image_folder import write_metadata
 from pipelines.job import Job
 from pipelines.journal import forget
 from pipelines.loading import image_loader
+from pipelines.measuring import measured
 from pipelines.nodes import refuse_local_images, refuse_local_sink
 from pipelines.planner import Planned, plan
 from pipelines.plans import Plan, job_of, read_plans
@@ -44,9 +46,6 @@ from pipelines.storage import Store
 from pipelines.totals import Totals, count, unfinished, write_success
 from pipelines.weights import Weights
 from pipelines.worker import Place
-
-if TYPE_CHECKING:
-    pass
 
 WAVE, WAVE_PER_CPU = 4096, 64
 """Shards that Ray hears of at a time, at least: each costs it memory, and a millisecond before the first begins. A wave
@@ -137,6 +136,8 @@ class Failed:
 class Listener(Protocol):
     """What a run tells while it goes on; `progress` comes once per committed shard, with that shard's numbers."""
 
+    def measured(self, text: str) -> None: ...
+
     def planned(self, planned: Planned, plans: list[tuple[Plan, Shards]]) -> None: ...
 
     def redoing(self, plans: list[tuple[Plan, Shards]], num_rows: int) -> None: ...
@@ -165,7 +166,8 @@ def run(
     """
 
     def prepare(store: Store) -> Work:
-        planned = plan(job, limit, extend)
+        say = listener.measured if listener else _unheard
+        planned = plan(job, limit, extend, partial(measured, address=address, say=say))
         todo = [(p, shards) for p in planned.plans if (shards := unfinished(store, p))]
         # The longest first, so that at the end of a run nobody waits for one of them.
         todo = [(p, shards.take(np.argsort(-shards.cost, kind="stable"))) for p, shards in todo]
@@ -380,6 +382,10 @@ def _execute(
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
     except Exception as error:
         raise plain_error(error) from error
+
+
+def _unheard(text: str) -> None:
+    """What nobody listens to."""
 
 
 OF_NOW = ("workers", "num_gpus", "num_cpus", "batch_timeout_s")

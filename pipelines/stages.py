@@ -16,6 +16,7 @@ from ldm_ops.op import Op
 from ldm_ops.sampling import ModelName
 from ldm_ops.txt2img import Txt2Img
 from ldm_ops.upscale import Upscale
+from pipelines.batch_size import BatchSize
 
 RowParameter = Literal[
     "prompt",
@@ -48,7 +49,11 @@ class Pool(BaseModel):
     Only `batch_size`, and on a CPU `num_threads`, can change the last bits of a picture: the plan freezes both.
     """
 
-    batch_size: int = Field(8, ge=1, le=4096, description="rows of one device call")
+    batch_size: BatchSize = Field(
+        8,
+        description="rows of one device call: a number; auto measures what is fastest; {px: rows} where pictures of up "
+        "to so many pixels take so many",
+    )
     workers: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
         "auto", description="processes that hold the model; auto is one per GPU, or per CPU core where num_gpus is 0"
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipelines.gc import Garbage
     from pipelines.job import Job
     from pipelines.planner import Planned
+    from pipelines.plans import Plan
     from pipelines.runner import Summary
     from pipelines.totals import Totals
     from pipelines.verify import Report
@@ -65,13 +66,20 @@ def planned_text(planned: Planned) -> str:
         lines.append(f"wrong      {planned.num_wrong}, such as {planned.problems[0]}")
     if planned.new:
         lines.append(
-            f"batches    {planned.new.num_batches} of {planned.new.batch_size}, in {len(planned.new.shards)} shards"
+            f"batches    {planned.new.num_batches} of {_size_text(planned.new)}, in {len(planned.new.shards)} shards"
         )
         lines.append("           rows  batches  size         steps  guidance  strength  scheduler")
         lines += [_bucket_text(bucket) for bucket in planned.buckets[:12]]
         if len(planned.buckets) > 12:
             lines.append(f"           … and {len(planned.buckets) - 12} other combinations")
     return "\n".join(lines)
+
+
+def _size_text(plan: Plan) -> str:
+    size = plan.job["stages"][0]["batch_size"]
+    if size == "auto":
+        return f"{plan.batch_size} or what batch_size: auto finds"
+    return f"up to {plan.batch_size}" if isinstance(size, dict) else str(plan.batch_size)
 
 
 def _lora_text(bucket: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from ldm_ops.device import device_name, free_memory, set_threads
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
+from pipelines.batch_size import pixels_of, rows_at
 from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, unpack, with_results
 from pipelines.heartbeat import Permit
 from pipelines.inputs import BadImage, Loader
@@ -139,8 +140,8 @@ class Worker:
         for i in left:
             if i not in made:
                 buckets.setdefault(self.op.bucket(fresh[i]), []).append(i)
-        size = self.place.stage.batch_size
         for bucket, members in buckets.items():
+            size = self._size(fresh[members[0]])
             for start in range(0, len(members), size):
                 batch = members[start : start + size]
                 # One at a time, and padded, so with the same bytes.
@@ -169,6 +170,9 @@ class Worker:
         place = f"stages.{self.place.index}"
         return self.journal.open(f"{place}-{first['key']}", f"{place}: shard {first['shard']}")
 
+    def _size(self, row: Row) -> int:
+        return rows_at(self.place.stage.batch_size, pixels_of(row))
+
     def _batch(
         self, bucket: tuple[Any, ...], rows: list[dict[str, Any]], record: Record | None
     ) -> list[dict[str, Any]]:
@@ -178,7 +182,7 @@ class Worker:
             keys = [row["key"] for row in some]
             return record.doing(keys, self.place.stage.batch_timeout_s) if record else unwatched(some)
 
-        size = self.safe_size.get(bucket, self.place.stage.batch_size)
+        size = self.safe_size.get(bucket, self._size(rows[0]))
         if record and len(rows) == 1 and record.starved(rows[0]["key"]):
             # What found no room in the frozen shape may find it in the smallest, as where an allocation raises.
             size = 1

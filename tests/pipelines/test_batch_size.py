@@ -1,0 +1,140 @@
+"""`batch_size`: a number, a number per size of picture, or what a device is found to do fastest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import load_job, run
+from pipelines.batch_size import rows_at
+from pipelines.errors import JobError
+from pipelines.measuring import best_size
+from pipelines.plans import read_plans
+from pipelines.storage import Store
+
+
+def found(rates: dict[int, float | None], limit: int = 256) -> tuple[int, list[int]]:
+    """The size that is chosen by a device of these rates, and the sizes that were tried."""
+    curve: list[tuple[int, float | None]] = []
+    size = best_size(lambda n: rates[n], limit, curve)
+    return size, [n for n, _ in curve]
+
+
+def test_sizes_are_doubled_until_it_gains_less_than_three_percent() -> None:
+    assert found({1: 10, 2: 18, 4: 26, 8: 26.7, 16: 99}) == (4, [1, 2, 4, 8])
+    assert found({1: 10, 2: 10.2}) == (1, [1, 2])
+
+
+def test_the_largest_that_fits_is_not_taken_where_it_is_slower() -> None:
+    assert found({1: 10, 2: 20, 4: 2.5}) == (2, [1, 2, 4])
+
+
+def test_a_size_is_never_more_than_there_are_rows() -> None:
+    assert found({1: 1, 2: 2, 4: 4}, limit=5) == (4, [1, 2, 4])
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 7, 13, 20, 31, 100])
+def test_where_memory_ends_the_size_lies_within_an_eighth_of_what_fits(room: int) -> None:
+    curve: list[tuple[int, float | None]] = []
+    size = best_size(lambda n: None if n > room else float(n), 4096, curve)
+    assert size <= room < size + max(1, size // 8) + 1
+    assert len(curve) < 15
+
+
+def test_a_device_without_room_for_one_row_is_given_one_all_the_same() -> None:
+    assert found({1: None}) == (1, [1])
+
+
+def test_pictures_take_the_rows_of_the_next_larger_size_that_is_named() -> None:
+    sizes: dict[int, int] = {4096: 16, 16384: 4}
+    assert [rows_at(sizes, pixels) for pixels in (0, 4096, 4097, 16384, 32768, 1 << 20)] == [16, 16, 4, 4, 2, 1]
+    assert rows_at(12, 1 << 20) == 12
+
+
+@pytest.mark.parametrize("wrong", ["0", "4097", "atuo", "2.5", "{}", "{x: 3}", "{4096: 0}", "null"])
+def test_a_wrong_batch_size_is_one_line(wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError) as caught:
+        load_job(job_file(tmp_path), [f"stages.0.batch_size={wrong}"])
+    assert "\n" not in str(caught.value)
+    assert "stages.0.batch_size: a number from 1 to 4096, auto, or {px: rows}" in str(caught.value)
+
+
+def job_file(folder: Path, model: str = "builtin:shapes") -> Path:
+    path = folder / "job.yaml"
+    rows: list[Any] = [f"a {color} circle" for color in ("red", "blue", "green", "yellow", "black")]
+    job = {
+        "source": {"rows": [*rows, {"prompt": "a red square", "height": 64, "width": 128}]},
+        "stages": [
+            {"op": "txt2img", "model": model, "num_inference_steps": 2, "height": 64, "width": 64, "batch_size": "auto"}
+        ],
+        "sink": {"path": str(folder / "out")},
+    }
+    path.write_text(json.dumps(job))
+    return path
+
+
+class Heard:
+    """A listener that keeps what was measured."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def measured(self, text: str) -> None:
+        self.lines.append(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def digests(out: Path) -> dict[str, str]:
+    parts = [pq.read_table(part, partitioning=None) for part in sorted(out.glob("manifest/*/*.parquet"))]
+    return {row["prompt"]: row["sha256"] for part in parts for row in part.to_pylist()}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_auto_is_measured_once_and_then_stays(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    job = job_file(tmp_path, str(tiny_model))
+    first, again, elsewhere, by_number = Heard(), Heard(), Heard(), Heard()
+    assert run(load_job(job), limit=5, listener=first).exit_code == 0
+    [plan] = read_plans(Store(str(tmp_path / "out")))
+    sizes = {int(pixels): rows for pixels, rows in plan.job["stages"][0]["batch_size"].items()}
+    assert set(sizes) == {64 * 64}
+    assert sum("rows/s at 1:" in line for line in first.lines) == 1
+    # A table that has grown: its new rows are made as the old ones were, and nothing is measured.
+    assert run(load_job(job), listener=again).exit_code == 0
+    assert not again.lines
+    assert [plan.job["stages"][0]["batch_size"] for plan in read_plans(Store(str(tmp_path / "out")))] == [
+        {"4096": sizes[4096]}
+    ] * 2
+    parts = [pq.read_table(p, partitioning=None) for p in (tmp_path / "out").glob("manifest/*/*.parquet")]
+    used = {(row["width"], row["batch_size"]) for part in parts for row in part.to_pylist()}
+    assert used == {(64, sizes[4096]), (128, max(1, sizes[4096] // 2))}
+    # The same sizes written down make the same bytes; and another output on this machine does not measure again.
+    assert run(load_job(job, [f"sink.path={tmp_path / 'o2'}"]), limit=5, listener=elsewhere).exit_code == 0
+    assert not any("rows/s at" in line for line in elsewhere.lines)
+    number = [f"stages.0.batch_size={json.dumps(sizes)}", f"sink.path={tmp_path / 'o3'}"]
+    assert run(load_job(job, number), limit=5, listener=by_number).exit_code == 0
+    assert not by_number.lines
+    assert digests(tmp_path / "o2") == digests(tmp_path / "o3")
+    assert digests(tmp_path / "o2").items() <= digests(tmp_path / "out").items()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_rows_that_cannot_be_loaded_are_told_in_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.png").write_bytes(b"no picture")
+    job = job_file(tmp_path, str(tiny_model))
+    value = json.loads(job.read_text())
+    value["source"] = {"path": str(tmp_path / "in"), "format": "images"}
+    value["stages"] = [{"op": "encode", "model": str(tiny_model), "batch_size": "auto"}]
+    job.write_text(json.dumps(value))
+    with pytest.raises(JobError, match="auto cannot be measured .*; mend the rows, or give a number$"):
+        run(load_job(job))
