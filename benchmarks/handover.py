@@ -1,12 +1,14 @@
 """Whether the device waits: our pipeline around a device that only sleeps, and plain Ray Data around the same.
 
-    python -m benchmarks.handover [busy-250] [busy-50] [scale-out] [shards] [--batches 60] [--rounds 3]
+    python -m benchmarks.handover [busy-250] [busy-50] [scale-out] [shards] [million] [--batches 60] [--rounds 3]
 
     busy-250   16 pictures of 512 px in 250 ms, through PNG files by fpng, digests and manifest: ideal time ÷ span, one
                worker
     busy-50    32 images of 256 px in 50 ms, from JPEG files to latents: the same
     scale-out  rows a second of 8 workers at 250 ms a batch ÷ 8 × those of one
     shards     shards a second that one driver moves, a device batch taking no time; and the driver's own CPU time
+    million    1,000,000 rows, a device batch of 64 taking no time, tiny pictures into a Parquet file a shard: rows a second,
+               and the driver's memory when a tenth of the shards are done, at the end, and at most
 
 The span is from the begin of a worker's first batch to the end of its last one. The peer's actor is the same sleep
 under Ray Data's defaults, its pictures encoded by the same encoder and written in tasks behind it.
@@ -55,6 +57,7 @@ class Load:
     num_batches: int
     batches_per_shard: int | str = "auto"
     workers: int = 1
+    layout: str = "files"
 
 
 def planned(load: Load, folder: Path) -> tuple[Store, Plan]:
@@ -64,7 +67,8 @@ def planned(load: Load, folder: Path) -> tuple[Store, Plan]:
     source: dict[str, Any]
     if load.op == "txt2img":
         stage |= {"height": load.side, "width": load.side, "num_inference_steps": 1}
-        source = {"rows": [f"a red circle {i}" for i in range(num_rows)]}
+        (folder / "rows.csv").write_text("prompt\n" + "".join(f"a red circle {i}\n" for i in range(num_rows)))
+        source = {"path": str(folder / "rows.csv")}
     else:
         (folder / "in").mkdir()
         for i in range(num_rows):
@@ -73,7 +77,10 @@ def planned(load: Load, folder: Path) -> tuple[Store, Plan]:
     data = {
         "source": source,
         "stages": [stage],
-        "sink": {"path": str(folder / "out"), **({"png_encoder": "fpng"} if load.op == "txt2img" else {})},
+        "sink": {
+            "path": str(folder / "out"),
+            **({"png_encoder": "fpng", "layout": load.layout} if load.op == "txt2img" else {}),
+        },
         "batches_per_shard": load.batches_per_shard,
     }
     path = folder / "job.yaml"
@@ -82,8 +89,8 @@ def planned(load: Load, folder: Path) -> tuple[Store, Plan]:
     return Store(job.sink.path), plan(job).plans[0]
 
 
-def ours(load: Load, folder: Path) -> float:
-    """Run all of it; seconds from the first receipt's request to the last receipt."""
+def ours(load: Load, folder: Path, done: Callable[[int], None] = lambda num_shards: None) -> float:
+    """Run all of it; seconds from the first receipt's request to the last receipt. `done` hears of each."""
     store, made = planned(load, folder)
     job = job_of(made)
     [stage] = job.stages
@@ -105,11 +112,10 @@ def ours(load: Load, folder: Path) -> float:
         journal=f"asleep-{time.time()}",
     )
     begin = time.perf_counter()
-    num_rows = sum(
-        receipt["num_ok"]
-        for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        for receipt in batch.to_pylist()
-    )
+    num_rows = 0
+    for n, batch in enumerate(receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
+        num_rows += sum(receipt["num_ok"] for receipt in batch.to_pylist())
+        done(n + 1)
     if num_rows != load.num_batches * load.batch_size:
         raise RuntimeError(f"{num_rows} rows are ok, {load.num_batches * load.batch_size} were planned")
     return time.perf_counter() - begin
@@ -215,7 +221,7 @@ def scale_out(batches: int) -> dict[str, Any]:
 
 def shards_per_s(batches: int) -> dict[str, Any]:
     """One batch a shard, one small picture a batch: all the time is the data plane's."""
-    load = Load("txt2img", 64, 1, 0.0, 10 * batches, 1, workers=1)
+    load = Load("txt2img", 64, 1, 0.0, 20 * batches, 1, workers=1)
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_SELF)
         ours(load, Path(folder))
@@ -225,13 +231,37 @@ def shards_per_s(batches: int) -> dict[str, Any]:
     return {"shards_per_s": round(per_s, 1), "driver_cpu_ms_per_shard": round(1000 * cpu_s / load.num_batches, 1)}
 
 
+def million(num_rows: int = 1_000_000) -> dict[str, Any]:
+    load = Load("txt2img", 16, 64, 0.0, num_rows // 64, layout="parquet")
+    held: list[tuple[float, int]] = []
+
+    def done(num_shards: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        held.append((time.perf_counter(), pages * resource.getpagesize()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        span_s = ours(load, Path(folder), done)
+    (early, early_bytes), (late, late_bytes) = held[len(held) // 10], held[-1]
+    return {
+        "shards": len(held),
+        "span_s": round(span_s, 1),
+        "rows_per_s": round(num_rows * 0.9 / (late - early)),
+        "driver_mb": {
+            "tenth": early_bytes >> 20,
+            "end": late_bytes >> 20,
+            "most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "busy-250": lambda args: compare(Load("txt2img", 512, 16, 0.25, args.batches), args.rounds),
-        "busy-50": lambda args: compare(Load("encode", 256, 32, 0.05, 2 * args.batches), args.rounds),
+        "busy-50": lambda args: compare(Load("encode", 256, 32, 0.05, 8 * args.batches), args.rounds),
         "scale-out": lambda args: scale_out(args.batches),
         "shards": lambda args: shards_per_s(args.batches),
+        "million": lambda args: million(),
     }
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
     parser.add_argument("--batches", type=int, default=60)

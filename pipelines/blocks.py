@@ -84,6 +84,10 @@ the picture so far, as .npy bytes; `kept` those of earlier stages that are to be
 """
 
 
+NESTED = frozenset({"kept", "intermediates"})
+"""RESULT_FIELDS that hold arrays inside lists."""
+
+
 def with_results(planned: pa.Table, results: list[dict[str, Any]]) -> pa.Table:
     """The first rows of `planned`, one per result, with RESULT_FIELDS as `results` say, in place of any before.
 
@@ -91,18 +95,23 @@ def with_results(planned: pa.Table, results: list[dict[str, Any]]) -> pa.Table:
     """
     out = planned.slice(0, len(results))
     for field in RESULT_FIELDS:
-        column = pa.array([_packed(result.get(field.name)) for result in results], field.type)
+        values = [result.get(field.name) for result in results]
+        if field.type == pa.binary():
+            values = [_packed(value) for value in values]
+        elif field.name in NESTED:
+            values = [[_all_packed(one) for one in value] if value else value for value in values]
+        column = pa.array(values, field.type)
         at = out.schema.get_field_index(field.name)
         out = out.append_column(field, column) if at < 0 else out.set_column(at, field, column)
     return out
 
 
 def _packed(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return pack(value)
-    if isinstance(value, list):
-        return [{name: _packed(one) for name, one in entry.items()} for entry in value]
-    return value
+    return pack(value) if isinstance(value, np.ndarray) else value
+
+
+def _all_packed(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: _packed(value) for name, value in entry.items()}
 
 
 def pack(array: NDArray[Any]) -> bytes:
