@@ -53,14 +53,19 @@ def through_the_job(prompts: list[str], batch_size: int) -> tuple[float, float]:
         start = time.perf_counter()
         run(load_job(path))
         whole = len(prompts) / (time.perf_counter() - start)
-        rows = read_manifest(f"{folder}/out", ["shard", "created_at", "duration_s"]).to_pylist()
-        end = max(row["created_at"].timestamp() for row in rows)
-        begin = min(
-            min(r["created_at"].timestamp() for r in rows if r["shard"] == shard)
-            - sum(r["duration_s"] for r in rows if r["shard"] == shard)
-            for shard in {row["shard"] for row in rows}
-        )
-        return len(prompts) / (end - begin), whole
+        return len(prompts) / span_s(Path(folder) / "out"), whole
+
+
+def span_s(output: Path) -> float:
+    """Seconds from the first device call to the last part."""
+    rows = read_manifest(output, ["shard", "created_at", "duration_s"]).to_pylist()
+    end = max(row["created_at"].timestamp() for row in rows)
+    begin = min(
+        min(r["created_at"].timestamp() for r in rows if r["shard"] == shard)
+        - sum(r["duration_s"] for r in rows if r["shard"] == shard)
+        for shard in {row["shard"] for row in rows}
+    )
+    return end - begin
 
 
 def main() -> None:

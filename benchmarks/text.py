@@ -104,7 +104,7 @@ def main() -> None:
         "none_repeats_s": round(fresh_s, 3),
         "none_repeats_peer_s": round(fresh_peer_s, 3),
     }
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result))
     if ours_rows > args.distinct + 1 or not (same_as_alone and same_as_peer):
         raise SystemExit("not reached")
 
