@@ -2,8 +2,8 @@
 
     python -m benchmarks.pool [--workers 2] [--rounds 3] [--model builtin:shapes | sd15]
 
-From the request for the actors to the last one's loaded model, each with its own process, imports and all, on a Ray that
-runs. `sd15` is Stable Diffusion 1.5 in its published shapes with random weights, fp16, 2 GB on a disk.
+From the request for the actors to the last one's loaded model, each with its own process, imports and all, on a Ray
+that runs. `sd15` is Stable Diffusion 1.5 in its published shapes with random weights, fp16, 2 GB on a disk.
 """
 
 from __future__ import annotations
