@@ -135,9 +135,11 @@ def pool(lines: Lines) -> Found:
 
 def on_gpu(number: int) -> Callable[[Lines], Found]:
     def read(lines: Lines) -> Found:
-        found = next(line for line in lines if line.get("number") == number)
-        ratios = " and ".join(f"{ratio:.2f} ×" for ratio in found["ratios"])
-        return Found(f"{found['images_per_s']:.3g} images/s", "", ratios, bool(found["reached"]))
+        mine = [line for line in lines if line.get("figure") == number]
+        ours = ", ".join(f"{line['ours']} {line['images_per_s']:.3g}" for line in mine)
+        peers = max(rate for line in mine for rate in line["peers_images_per_s"].values())
+        ratios = ", ".join(" and ".join(f"{ratio:.2f} ×" for ratio in line["ratios"]) for line in mine)
+        return Found(f"{ours} images/s", f"{peers:.3g} images/s", ratios, all(line["reached"] for line in mine))
 
     return read
 
@@ -194,8 +196,7 @@ def output_of(command: tuple[str, ...], rounds: int) -> Lines:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:], *more],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )
