@@ -30,6 +30,9 @@ T2I_PIPELINES = {
 }
 """What a model with a T2I-Adapter is loaded as; no auto class of diffusers knows (0.42)."""
 
+VAES = ("AutoencoderKL", "AutoencoderTiny")
+"""Autoencoders that can stand in for a model's own."""
+
 _LORA = re.compile(
     r"^(?P<module>.+?)\.(?:lora_(?P<a>A|B|down|up)|(?:lora|lora_linear_layer)\.(?P<b>down|up))(?:\.default(?:_\d+)?)?\.weight$"
 )
@@ -143,13 +146,13 @@ def check_vae(folder: Path, model: Path) -> None:
     """Whether an autoencoder, FOLDER/vae or FOLDER itself, can stand in for the model's own.
 
     Raises:
-        Unfit: no AutoencoderKL, or one with other latents.
+        Unfit: no AutoencoderKL or AutoencoderTiny, or one with other latents.
     """
     own, other = (_config(vae_folder(place) / "config.json") for place in (model, folder))
-    for config, whose in ((other, "is"), (own, "cannot stand in for")):
-        if config.get("_class_name") != "AutoencoderKL":
+    for config, whose, known in ((other, "is", VAES), (own, "cannot stand in for", VAES[:1])):
+        if config.get("_class_name") not in known:
             found = config.get("_class_name", "folder without an autoencoder")
-            raise Unfit(f"{whose} a {found}; the model's own and the other must be AutoencoderKL")
+            raise Unfit(f"{whose} a {found}; the model's own must be AutoencoderKL, the other that or AutoencoderTiny")
     if not any(vae_folder(folder).glob("*.safetensors")):
         raise Unfit("holds no *.safetensors; save it with save_pretrained(safe_serialization=True)")
     for what, ours, theirs in (
@@ -215,6 +218,11 @@ def control_multiple(folder: Path) -> int:
     return int(_config(folder / "config.json").get("downscale_factor") or 8) if is_t2i_adapter(folder) else 1
 
 
+def is_tiny_vae(folder: Path) -> bool:
+    """Whether an autoencoder that `check_vae` has let through is a small one, with latents of its own scale."""
+    return bool(_config(folder / "config.json").get("_class_name") == "AutoencoderTiny")
+
+
 def vae_folder(folder: Path) -> Path:
     """Where a folder's autoencoder is: beside the other parts of a pipeline, or alone."""
     return folder / "vae" if (folder / "vae").is_dir() else folder
@@ -228,7 +236,8 @@ def _words(tokenizer: Path) -> set[str]:
 
 
 def _factor(config: dict[str, Any]) -> int:
-    return int(2 ** (len(config.get("block_out_channels") or [0] * 4) - 1))
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
+    return int(2 ** (len(blocks) - 1))
 
 
 def _config(path: Path) -> dict[str, Any]:

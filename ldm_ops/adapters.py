@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_ops.adapter_files import is_t2i_adapter, t2i_pipeline, vae_folder
+from ldm_ops.adapter_files import is_t2i_adapter, is_tiny_vae, t2i_pipeline, vae_folder
 from ldm_ops.op import Op, RowRefused
 
 if TYPE_CHECKING:
@@ -49,8 +49,11 @@ class Adapters:
         for (name, cls), place in ((("vae", diffusers.AutoencoderKL), self.vae), (control, self.controlnet)):
             if place is not None:
                 folder, variant = place
+                if name == "vae":
+                    folder = vae_folder(folder)
+                    cls = diffusers.AutoencoderTiny if is_tiny_vae(folder) else cls
                 found[name] = cls.from_pretrained(
-                    vae_folder(folder) if name == "vae" else folder,
+                    folder,
                     torch_dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,

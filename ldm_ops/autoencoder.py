@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_ops.accelerate import AccelerateAutoencoder, compile_forward, set_layout
 from ldm_ops.adapter_files import vae_folder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 
@@ -38,8 +39,10 @@ class Autoencoder:
         return (images_BCHW / 2 + 0.5).clamp(0, 1)
 
 
-def load_autoencoder(folder: Path, device: str, dtype: Dtype, variant: str | None) -> Autoencoder:
-    """Load FOLDER/vae, or FOLDER itself where it is an autoencoder.
+def load_autoencoder(
+    folder: Path, device: str, dtype: Dtype, variant: str | None, accelerate: AccelerateAutoencoder | None = None
+) -> Autoencoder:
+    """Load FOLDER/vae, or FOLDER itself where it is an autoencoder, straight to the device.
 
     Raises:
         ValueError: there is no AutoencoderKL.
@@ -53,9 +56,16 @@ def load_autoencoder(folder: Path, device: str, dtype: Dtype, variant: str | Non
         torch_dtype=pick_dtype(dtype, device),
         use_safetensors=True,
         local_files_only=True,
+        **({"device_map": device} if device.startswith("cuda") else {}),
         **({"variant": variant} if variant else {}),
     )
     if vae.config.force_upcast and vae.dtype == torch.float16:
         # Its activations overflow in half precision (SDXL's says so itself).
         vae.to(torch.float32)
-    return Autoencoder.of(vae.to(device).eval())
+    vae = vae.to(device).eval()
+    wanted = accelerate or AccelerateAutoencoder()
+    set_layout([vae], wanted.channels_last, device)
+    if wanted.compile is not None:
+        for half in (vae.encoder, vae.decoder):
+            compile_forward(half)
+    return Autoencoder.of(vae)

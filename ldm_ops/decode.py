@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from ldm_ops.accelerate import AccelerateAutoencoder
 from ldm_ops.autoencoder import Autoencoder, load_autoencoder
 from ldm_ops.device import Dtype
 from ldm_ops.op import Op, Row, RowRefused
-from ldm_ops.pixels import to_uint8
+from ldm_ops.pixels import to_host, to_uint8
 from ldm_ops.sampling import ModelName
 
 
@@ -30,13 +31,15 @@ class Decode(Op):
     variant: str | None = Field(None, description="weight file variant of the model, such as fp16")
     dtype: Dtype = Field("auto", description="of the computation; auto is bf16 on a GPU that has it, fp32 on a CPU")
 
+    accelerate: AccelerateAutoencoder | None = Field(None, description="what may make it faster")
+
     def load(self, folder: Path) -> Autoencoder:
         """Load the autoencoder alone.
 
         Raises:
             ValueError: the folder has none.
         """
-        return load_autoencoder(folder, self.device, self.dtype, self.variant)
+        return load_autoencoder(folder, self.device, self.dtype, self.variant, self.accelerate)
 
     def bucket(self, row: Row) -> tuple[Any, ...]:
         """The latents' size."""
@@ -63,7 +66,7 @@ class Decode(Op):
             )
         with torch.inference_mode():
             images_BCHW = model.decode(latents_BCHW)
-            if not bool(torch.isfinite(images_BCHW).all()):
-                raise RowRefused("model.nan", "the autoencoder gave NaN; try dtype: fp32 or bf16")
-            pictures = to_uint8(images_BCHW)
+            pictures, finite = to_host(to_uint8(images_BCHW), torch.isfinite(images_BCHW).all())
+        if not finite:
+            raise RowRefused("model.nan", "the autoencoder gave NaN; try dtype: fp32 or bf16")
         return [{"image": picture, "nsfw": None, "intermediates": []} for picture in pictures]

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ldm_ops.accelerate import AccelerateAutoencoder
 from ldm_ops.autoencoder import Autoencoder, load_autoencoder
 from ldm_ops.device import Dtype
 from ldm_ops.op import Op, Row, RowRefused
-from ldm_ops.pixels import from_uint8
+from ldm_ops.pixels import from_uint8, to_host
 from ldm_ops.sampling import ModelName
 
 StoredDtype = Literal["fp16", "fp32"]
@@ -41,13 +42,15 @@ class Encode(Op):
     dtype: Dtype = Field("auto", description="of the computation; auto is bf16 on a GPU that has it, fp32 on a CPU")
     store_dtype: StoredDtype = Field("fp16", description="of what is stored")
 
+    accelerate: AccelerateAutoencoder | None = Field(None, description="what may make it faster")
+
     def load(self, folder: Path) -> Autoencoder:
         """Load the autoencoder alone.
 
         Raises:
             ValueError: the folder has none.
         """
-        return load_autoencoder(folder, self.device, self.dtype, self.variant)
+        return load_autoencoder(folder, self.device, self.dtype, self.variant, self.accelerate)
 
     def bucket(self, row: Row) -> tuple[Any, ...]:
         """The image's size."""
@@ -66,9 +69,9 @@ class Encode(Op):
 
         flipped = [self.random_flip and bool(_coin(row["seed"])) for row in rows]
         pictures = [row["image"][:, ::-1] if flip else row["image"] for row, flip in zip(rows, flipped, strict=True)]
-        images_BCHW = 2 * from_uint8(pictures) - 1
         with torch.inference_mode():
-            posterior = model.vae.encode(images_BCHW.to(model.vae.device, model.vae.dtype)).latent_dist
+            images_BCHW = 2 * from_uint8(pictures, model.vae.device) - 1
+            posterior = model.vae.encode(images_BCHW.to(model.vae.dtype)).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             if self.posterior == "moments":
                 latents_BCHW = torch.cat([mean, logvar], 1)
@@ -82,9 +85,9 @@ class Encode(Op):
                 ]
                 latents_BCHW = model.scaled(mean + (logvar / 2).exp() * torch.stack(noise).to(mean.device))
             stored = latents_BCHW.to(torch.float16 if self.store_dtype == "fp16" else torch.float32)
-            if not bool(torch.isfinite(stored).all()):
-                raise RowRefused("model.nan", "the latents hold NaN, or do not fit store_dtype; try fp32")
-            arrays = stored.cpu().contiguous().numpy()
+            arrays, finite = to_host(stored, torch.isfinite(stored).all())
+        if not finite:
+            raise RowRefused("model.nan", "the latents hold NaN, or do not fit store_dtype; try fp32")
         return [{"latents": array, "flipped": flip} for array, flip in zip(arrays, flipped, strict=True)]
 
 

@@ -87,6 +87,13 @@ def _masks(rows: Sequence[Row]) -> torch.Tensor:
     return (from_uint8([row["mask_image"] for row in rows]) >= 0.5).float()
 
 
+def _encoded(vae: Any, inputs_BCHW: torch.Tensor) -> torch.Tensor:
+    found = vae.encode(inputs_BCHW)
+    # An AutoencoderTiny knows no distribution.
+    latents: torch.Tensor = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+    return latents
+
+
 @dataclass
 class _Keep:
     """Puts the known latents back after every step: latents_BCHW, and a mask that is 1 where the model may paint."""
@@ -102,7 +109,7 @@ class _Keep:
         vae = pipe.vae
         inputs = (2 * images_BCHW - 1).to(vae.device, vae.dtype)
         # One by one, as the pipeline itself encodes under a list of generators: a row must not notice its neighbours.
-        known = torch.cat([vae.encode(inputs[i : i + 1]).latent_dist.mode() for i in range(len(inputs))])
+        known = torch.cat([_encoded(vae, inputs[i : i + 1]) for i in range(len(inputs))])
         known = Autoencoder.of(vae).scaled(known)
         noise = [
             torch.randn(known.shape[1:], generator=torch.Generator("cpu").manual_seed(seed ^ _NOISE_OF_KNOWN))

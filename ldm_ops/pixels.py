@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,12 +11,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def to_uint8(images_BCHW: torch.Tensor) -> list[NDArray[np.uint8]]:
-    """Images in [0, 1] → (H, W, 3) uint8 each, rounded on the device as diffusers' numpy_to_pil does."""
+def to_uint8(images_BCHW: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] → uint8 (B, H, W, 3) on their device, rounded as diffusers' numpy_to_pil does."""
     import torch
 
-    bytes_BHWC = images_BCHW.permute(0, 2, 3, 1).float().mul(255).round().clamp(0, 255).to(torch.uint8)
-    return list(bytes_BHWC.cpu().contiguous().numpy())
+    return images_BCHW.permute(0, 2, 3, 1).float().mul(255).round().clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def to_host(*tensors: torch.Tensor) -> list[NDArray[Any]]:
+    """Tensors of one device as arrays, after one wait for it in all."""
+    import torch
+
+    if not tensors[0].is_cuda:
+        return [x.cpu().contiguous().numpy() for x in tensors]
+    # Into pinned memory, which the device writes by itself, and each at once as the device comes to it.
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+    for copy, x in zip(copies, tensors, strict=True):
+        copy.copy_(x.contiguous(), non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return [copy.numpy() for copy in copies]
 
 
 def as_BCHW(images: torch.Tensor | NDArray[np.float32]) -> torch.Tensor:
@@ -40,11 +53,15 @@ def is_one_colour(pixels: NDArray[np.uint8]) -> bool:
     return bool(len(first)) and bool((pixels == first).all())
 
 
-def from_uint8(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
-    """(H, W, 3) or (H, W) uint8 each, all of one size → images_BCHW in [0, 1], float32 on the CPU."""
+def from_uint8(pictures: Sequence[NDArray[np.uint8]], device: torch.device | str = "cpu") -> torch.Tensor:
+    """(H, W, 3) or (H, W) uint8 each, all of one size → images_BCHW in [0, 1], float32 on the device."""
     import numpy as np
     import torch
 
     stack = np.stack([p if p.ndim == 3 else p[..., None] for p in pictures])
     # Of one memory layout, diffusers' own for pictures: another would run other kernels, with other last bits.
-    return torch.from_numpy(np.ascontiguousarray(stack)).permute(0, 3, 1, 2).float().div(255)
+    bytes_BHWC = torch.from_numpy(np.ascontiguousarray(stack))
+    if torch.device(device).type == "cuda":
+        # As bytes, a quarter of the floats.
+        bytes_BHWC = bytes_BHWC.pin_memory().to(device, non_blocking=True)
+    return bytes_BHWC.to(device).permute(0, 3, 1, 2).float().div(255)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from ldm_ops.adapters import NO_ADAPTERS, Adapters, LoraSlot
+from ldm_ops.accelerate import Accelerate, set_up
+from ldm_ops.adapters import NO_ADAPTERS, Adapters, Loras, LoraSlot
 from ldm_ops.autoencoder import Autoencoder
 from ldm_ops.device import Dtype, pick_device, pick_dtype
 from ldm_ops.op import Op, Row, RowRefused
-from ldm_ops.pixels import as_BCHW, from_uint8, grey, is_one_colour, to_uint8
+from ldm_ops.pixels import as_BCHW, from_uint8, grey, is_one_colour, to_host, to_uint8
 from ldm_ops.prompts import Prompts
-from ldm_ops.schedulers import make_scheduler, scheduler_name
+from ldm_ops.schedulers import make_scheduler, scheduler_name, stay_on_host
+from ldm_ops.skipping import Steps, skip
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,7 @@ class Pipeline:
     `prompts` is None where the pipeline has to be called with the prompts themselves."""
 
     pipe: Any
+    steps: Steps
     checker: Any
     scheduler_name: str
     scheduler_config: Mapping[str, Any]
@@ -108,6 +111,7 @@ class Sampling(Op):
     save_intermediates: int | None = Field(
         None, ge=1, description="keep the latents and a preview of every K-th denoising step"
     )
+    accelerate: Accelerate | None = Field(None, description="what may make it faster, with the same picture or not")
 
     @abstractmethod
     def _pipeline_class(self, folder: Path) -> Any:
@@ -116,6 +120,9 @@ class Sampling(Op):
     @abstractmethod
     def _inputs(self, model: Pipeline, rows: Sequence[Row]) -> dict[str, Any]:
         """What this op gives the pipeline beside the common arguments."""
+
+    def _set_up(self, pipe: Any) -> None:
+        """What this op changes in the pipeline, once it is loaded."""
 
     def _finish(self, images_BCHW: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """A last word on the pictures, in [0, 1]."""
@@ -145,6 +152,8 @@ class Sampling(Op):
             torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
+            # Straight from the file to the device.
+            **({"device_map": device} if device == "cuda" else {}),
             **options,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -156,8 +165,12 @@ class Sampling(Op):
         if checker is not None:
             # The pipeline would blacken what it flags; the policy here decides instead.
             pipe.register_modules(safety_checker=None)
+        accelerate = self.accelerate or Accelerate()
+        set_up(pipe, accelerate, device)
+        self._set_up(pipe)
         return Pipeline(
             pipe=pipe,
+            steps=skip(pipe, accelerate, device),
             checker=None if self.safety_checker == "off" else checker,
             scheduler_name=type(pipe.scheduler).__name__,
             scheduler_config=pipe.scheduler.config,
@@ -198,23 +211,29 @@ class Sampling(Op):
         if self.long_prompts == "error" and any(truncated):
             raise RowRefused("prompt.too_long", "the prompt has more tokens than the text encoder takes")
         kept = Kept(self.save_intermediates) if self.save_intermediates else None
-        model.loras.hold(model.pipe, tuple(rows[0].get("loras") or ()))
+        self._hold_loras(model, tuple(rows[0].get("loras") or ()))
         name = rows[0]["scheduler"] or model.scheduler_name
         model.pipe.scheduler = make_scheduler(name, dict(model.scheduler_config))
+        if model.pipe.device.type == "cuda":
+            stay_on_host(model.pipe.scheduler)
+        model.steps.begin(len(rows))
         with torch.inference_mode():
             images_BCHW = as_BCHW(model.pipe(**self._arguments(model, rows, kept)).images)
-            if not bool(torch.isfinite(images_BCHW).all()):
+            bytes_BHWC = to_uint8(self._finish(images_BCHW, rows))
+            plain = (bytes_BHWC == bytes_BHWC[:, :1, :1]).flatten(1).all(1)
+            pictures, one_colour, finite = to_host(bytes_BHWC, plain, torch.isfinite(images_BCHW).all())
+            if not finite:
                 raise RowRefused("model.nan", "the model gave NaN; try dtype: fp32 or bf16, or another scheduler")
             flagged = self._flag(model, images_BCHW)
-            pictures = to_uint8(self._finish(images_BCHW, rows))
-            for picture, row in zip(pictures, rows, strict=True):
-                if is_one_colour(picture) and not self._may_be_one_colour(row):
+            for picture, is_plain, row in zip(pictures, one_colour, rows, strict=True):
+                if is_plain and not self._may_be_one_colour(row):
                     colour = ", ".join(str(level) for level in picture[0, 0])
                     raise RowRefused(
                         "model.blank",
                         f"all pixels are ({colour}); try dtype: fp32 or bf16, another scheduler or guidance_scale",
                     )
-            previews = [to_uint8(decode(model.pipe, x)) for x in kept.latents] if kept else []
+            previews = to_host(*(to_uint8(decode(model.pipe, x)) for x in kept.latents)) if kept and kept.steps else []
+            model.steps.begin(0)
         outputs: list[dict[str, Any]] = []
         for i, picture in enumerate(pictures):
             nsfw = None if flagged is None else flagged[i]
@@ -233,6 +252,12 @@ class Sampling(Op):
                 }
             )
         return outputs
+
+    def _hold_loras(self, model: Pipeline, wanted: Loras) -> None:
+        for name in ("fuse_qkv", "quantize") if wanted and self.accelerate else ():
+            if getattr(self.accelerate, name):
+                raise RowRefused("model.unsupported", f"a LoRA does not go with accelerate.{name}; leave one out")
+        model.loras.hold(model.pipe, wanted)
 
     def _arguments(self, model: Pipeline, rows: Sequence[Row], kept: Kept | None) -> dict[str, Any]:
         import torch

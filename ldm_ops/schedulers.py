@@ -7,6 +7,7 @@ its neighbours; that leaves out DPMSolverSDEScheduler (one Brownian tree per bat
 from __future__ import annotations
 
 import difflib
+import functools
 from typing import Any
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,3 +94,18 @@ def make_scheduler(name: str, model_config: dict[str, Any]) -> Any:
 
     cls, settings = SCHEDULERS.get(name, (name, {}))
     return getattr(diffusers, cls).from_config(model_config, **settings)
+
+
+def stay_on_host(scheduler: Any) -> None:
+    """Keep its timesteps in host memory, wherever a pipeline would have them.
+
+    Schedulers look numbers up by them, and each number that lies on a device is a wait for all that it has to do.
+    """
+    on_device = scheduler.set_timesteps
+
+    # Pipelines look which parameters it takes.
+    @functools.wraps(on_device)
+    def set_timesteps(*args: Any, device: Any = None, **kwargs: Any) -> None:
+        on_device(*args, device="cpu", **kwargs)
+
+    scheduler.set_timesteps = set_timesteps

@@ -73,7 +73,7 @@ def tile_unet(unet: Any, tile: int, overlap: int) -> None:
             return made
 
         made = tiled(one, sample, tile, overlap)
-        return _Sample(made) if return_dict else (made,)
+        return Sample(made) if return_dict else (made,)
 
     unet.forward = forward
 
@@ -88,12 +88,12 @@ def tile_decoder(vae: Any, tile: int, overlap: int) -> None:
             return made
 
         made = tiled(one, latents, tile, overlap)
-        return _Sample(made) if return_dict else (made,)
+        return Sample(made) if return_dict else (made,)
 
     vae.decode = decode
 
 
-class _Sample:
+class Sample:
     """What diffusers' models return under return_dict."""
 
     def __init__(self, sample: torch.Tensor) -> None:

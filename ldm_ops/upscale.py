@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from ldm_ops.adapters import NO_ADAPTERS, Adapters
+from ldm_ops.accelerate import autoencoder
 from ldm_ops.describe import UPSCALERS
 from ldm_ops.op import Row, RowRefused
 from ldm_ops.pixels import from_uint8
@@ -51,6 +51,9 @@ class Upscale(Sampling):
             raise ValueError(f"tile_px {self.tile_px} is not a multiple of 8; use {self.tile_px // 8 * 8}")
         if self.save_intermediates is not None:
             raise ValueError("upscale keeps no intermediates; leave save_intermediates out")
+        if self.accelerate is not None and self.accelerate.deep_cache is not None:
+            # What is kept of one tile would be taken for the next.
+            raise ValueError("upscale works by tiles; leave accelerate.deep_cache out")
         return self
 
     def _pipeline_class(self, folder: Path) -> Any:
@@ -61,17 +64,10 @@ class Upscale(Sampling):
             raise ValueError(f"{folder} is a {name}; upscale takes {' or '.join(UPSCALERS)}")
         return getattr(diffusers, name)
 
-    def load(self, folder: Path, adapters: Adapters = NO_ADAPTERS) -> Pipeline:
-        """Load the upscaler and let it work by tiles.
-
-        Raises:
-            ValueError: the folder holds no upscaler.
-        """
-        model = super().load(folder, adapters)
-        pipe = model.pipe
+    def _set_up(self, pipe: Any) -> None:
+        """Let it work by tiles."""
         tile_unet(pipe.unet, self.tile_px, self.tile_overlap_px)
-        tile_decoder(_autoencoder(pipe), self.tile_px, self.tile_overlap_px)
-        return model
+        tile_decoder(autoencoder(pipe), self.tile_px, self.tile_overlap_px)
 
     def _arguments(self, model: Pipeline, rows: Sequence[Row], kept: Kept | None) -> dict[str, Any]:
         if "prompt" in model.accepts:
@@ -102,10 +98,6 @@ class Upscale(Sampling):
     def _finish(self, images_BCHW: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         height, width = rows[0]["image"].shape[:2]
         return images_BCHW[..., : height * SCALE, : width * SCALE]
-
-
-def _autoencoder(pipe: Any) -> Any:
-    return pipe.vqvae if hasattr(pipe, "vqvae") else pipe.vae
 
 
 def _factor(pipe: Any) -> int:

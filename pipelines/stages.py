@@ -184,7 +184,9 @@ LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{
 class Adapted(BaseModel):
     """What a stage can have beside its model."""
 
-    vae: AnyReference | None = Field(None, description="an AutoencoderKL in place of the model's own")
+    vae: AnyReference | None = Field(
+        None, description="an AutoencoderKL or AutoencoderTiny in place of the model's own"
+    )
     textual_inversion: list[AnyEmbedding] = Field(
         default_factory=list, description="embeddings of new tokens in prompts"
     )
@@ -311,6 +313,9 @@ def not_output(stage: AnyStage) -> set[str]:
     """Fields that change no picture, or by their spelling alone: weights are told by their content (see `adapters`)."""
     takes_image = not {"image", "control_image"}.isdisjoint(reads(stage))
     unused = set() if takes_image else {"resize", "background"}
+    wanted = getattr(stage, "accelerate", None)
+    if wanted is None or not wanted.asks_for_something:
+        unused.add("accelerate")
     return {"model", "revision"} | set(Adapted.model_fields) | stage.run_only | unused
 
 
