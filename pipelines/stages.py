@@ -184,9 +184,7 @@ LoraName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{
 class Adapted(BaseModel):
     """What a stage can have beside its model."""
 
-    vae: AnyReference | None = Field(
-        None, description="an AutoencoderKL or AutoencoderTiny in place of the model's own"
-    )
+    vae: AnyReference | None = Field(None, description="an AutoencoderKL or AutoencoderTiny instead of the model's own")
     textual_inversion: list[AnyEmbedding] = Field(
         default_factory=list, description="embeddings of new tokens in prompts"
     )
