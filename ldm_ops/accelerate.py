@@ -6,6 +6,8 @@ others another one. None has been measured on a GPU yet; `benchmarks/gpu.py` mea
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -163,10 +165,15 @@ def compile_forward(module: Any, cuda_graphs: bool = False) -> None:
 
 
 def set_up_compiler() -> None:
-    """Never give up on compiling: past the default of 8 shapes torch would run the others as they are, and a row's bits
-    would depend on which shapes came before it."""
+    """Keep what is compiled in $LDM_CACHE/compiled for the next worker, and never give up on compiling.
+
+    Past its default of 8 shapes torch would run the others as they are, and a row's bits would depend on which shapes
+    came before it.
+    """
     import torch._dynamo
 
+    cache = Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm-batch")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 100_000
 

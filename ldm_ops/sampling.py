@@ -214,7 +214,7 @@ class Sampling(Op):
         self._hold_loras(model, tuple(rows[0].get("loras") or ()))
         name = rows[0]["scheduler"] or model.scheduler_name
         model.pipe.scheduler = make_scheduler(name, dict(model.scheduler_config))
-        if model.pipe.device.type == "cuda":
+        if model.pipe.device.type != "cpu":
             stay_on_host(model.pipe.scheduler)
         model.steps.begin(len(rows))
         with torch.inference_mode():

@@ -66,7 +66,7 @@ def skip(pipe: Any, accelerate: Accelerate, device: str) -> Steps:
     if every is not None:
         for i, part in enumerate(deep_parts(model)):
             _keep(part, i, steps)
-    if interval is None and every is None and not device.startswith("cuda"):
+    if interval is None and every is None and device == "cpu":
         return steps
     whole = model.forward
 
@@ -138,9 +138,9 @@ def _upload(value: Any, device: str) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        if value.device.type != "cpu" or not device.startswith("cuda"):
+        if value.device.type != "cpu" or device == "cpu":
             return value
-        return value.pin_memory().to(device, non_blocking=True)
+        return (value.pin_memory() if device.startswith("cuda") else value).to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: _upload(one, device) for name, one in value.items()}
     return type(value)(_upload(one, device) for one in value) if isinstance(value, (tuple, list)) else value

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -439,6 +439,9 @@ def _allowed(document: Document, loc: tuple[str | int, ...]) -> list[str]:
         return list(Sink.model_fields)
     if loc[0] == "stages" and len(loc) > 3 and loc[2] in REFERENCES:
         return list(REFERENCES[str(loc[2])].model_fields)
+    if loc[0] == "stages" and len(loc) > 3 and loc[2] == "accelerate":
+        field = STAGES[document.data["stages"][loc[1]]["op"]].model_fields["accelerate"]
+        return list(get_args(field.annotation)[0].model_fields)
     if loc[0] == "stages" and len(loc) > 2:
         return sorted(STAGES[document.data["stages"][loc[1]]["op"]].model_fields)
     return list(Job.model_fields)

@@ -6,17 +6,19 @@ Only what a user gave is refused, never a default; `null`, `""`, `false`, `none`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from ldm_ops.accelerate import Accelerate
 from ldm_ops.describe import PLAIN_UPSCALER, ModelFacts
 from ldm_ops.sampling import Sampling
 from pipelines.errors import JobError
 from pipelines.job import Job
-from pipelines.stages import Adapted, AnyStage, Buckets, ImageInput, Resized, reads, row_parameters
+from pipelines.stages import Adapted, AnyStage, Buckets, ImageInput, Pool, Resized, reads, row_parameters
 
-BROUGHT_BY_ROWS = ("height", "width", "num_inference_steps", "strength", "lora", "lora_scale")
+BROUGHT_BY_ROWS = ("height", "width", "num_inference_steps", "guidance_scale", "strength", "lora", "lora_scale")
 """Columns that give an option of the stage its meaning, or have none without one."""
 
 Unused = Iterator[tuple[str, str]]
@@ -108,6 +110,9 @@ def _of_stage(i: int, stage: AnyStage, facts: ModelFacts) -> Unused:
     if isinstance(stage, Buckets) and stage.resolution is None:
         for name in ("bucket_multiple", "max_aspect_ratio"):
             yield name, "only resolution makes buckets; give it, or leave this out"
+    if isinstance(stage, Sampling) and stage.accelerate is not None:
+        for name, reason in _of_accelerate(stage, stage.accelerate, facts):
+            yield f"accelerate.{name}", reason
     if i:
         yield "background", "pictures of the stage before have nothing transparent; leave it out"
     elif reads(stage).isdisjoint({"image", "control_image"}):
@@ -117,6 +122,31 @@ def _of_stage(i: int, stage: AnyStage, facts: ModelFacts) -> Unused:
             yield name, "resize: nearest_multiple keeps each image's own size; use fill or fit, or leave it out"
     if isinstance(stage, ImageInput) and stage.resize == "exact" and stage.image_decoding == "draft":
         yield "image_decoding", "resize: exact scales nothing down; leave it out"
+
+
+def _of_accelerate(stage: Pool, accelerate: Accelerate, facts: ModelFacts) -> Unused:
+    model = f"the model is a {facts.pipeline}"
+    if facts.pipeline == PLAIN_UPSCALER:
+        yield "guidance_interval", f"{model}, which has no guidance; leave it out"
+        yield "fuse_qkv", f"{model}, which does not know it; leave it out"
+        if accelerate.compile == "regional":
+            yield "compile", f"{model}, whose U-Net has no repeated blocks; use full"
+    if facts.pipeline.startswith("Flux"):
+        yield "guidance_interval", f"{model}, which is guided without a second half; leave it out"
+    if not (Path(facts.folder) / "unet").is_dir():
+        yield "deep_cache", f"{model}, which has no U-Net; leave it out"
+    if accelerate.vae_batch_size is not None and accelerate.vae_batch_size >= stage.batch_size:
+        yield "vae_batch_size", f"it is not less than batch_size, {stage.batch_size}; use less, or leave it out"
+    device = getattr(stage, "device", "auto")
+    if device in ("cpu", "mps"):
+        yield "cuda_graphs", f"device is {device}; leave it out"
+        if accelerate.quantize == "fp8":
+            yield "quantize", f"fp8 needs a CUDA device, and device is {device}; use int8, or leave it out"
+    if isinstance(stage, Adapted) and stage.controlnet is not None:
+        yield "deep_cache", "it would keep what the controlnet has to change; leave one out"
+    if isinstance(stage, Adapted) and (stage.lora or stage.loras):
+        for name in ("fuse_qkv", "quantize"):
+            yield name, "it does not go with a LoRA; leave one out"
 
 
 def _of_rows(stage: AnyStage, there: frozenset[str]) -> Unused:
@@ -130,6 +160,11 @@ def _of_rows(stage: AnyStage, there: frozenset[str]) -> Unused:
     if isinstance(stage, Adapted) and _no_lora(stage) and "lora" not in there:
         yield "lora_scale", "there is no LoRA to scale; give lora or a column lora, or leave it out"
         yield "loras", "no row has one of them; give lora or a column lora, or leave it out"
+    if isinstance(stage, Adapted) and "lora" in there:
+        for name in ("fuse_qkv", "quantize"):
+            yield f"accelerate.{name}", "it does not go with a LoRA; leave one out"
+    if isinstance(stage, Sampling) and "guidance_scale" not in there and stage.guidance_scale <= 1:
+        yield "accelerate.guidance_interval", "there is no guidance with guidance_scale of at most 1; leave it out"
     if isinstance(stage, Sampling) and there.isdisjoint({"num_inference_steps", "strength"}):
         steps = int(stage.num_inference_steps * getattr(stage, "strength", 1.0))
         if steps < (stage.save_intermediates or 0):

@@ -257,6 +257,54 @@ UNUSED: list[tuple[str, str, dict[str, Any], str]] = [
         {"stage": {"controlnet_conditioning_scale": 1}},
         "without a controlnet",
     ),
+    (
+        "accelerate",
+        "txt2img",
+        {"stage": {"accelerate": {"vae_batch_size": 8}}},
+        "stages.0.accelerate.vae_batch_size: it is not less than batch_size, 8; use less",
+    ),
+    (
+        "",
+        "txt2img",
+        {"stage": {"accelerate": {"guidance_interval": [0.2, 0.8]}, "guidance_scale": 1}},
+        "stages.0.accelerate.guidance_interval: there is no guidance with guidance_scale of at most 1",
+    ),
+    (
+        "",
+        "upscale",
+        {"stage": {"accelerate": {"guidance_interval": [0.2, 0.8]}}},
+        "accelerate.guidance_interval: the model is a LDMSuper.*, which has no guidance",
+    ),
+    (
+        "",
+        "upscale",
+        {"stage": {"accelerate": {"compile": "regional"}}},
+        "accelerate.compile: the model is a LDMSuper.*, whose U-Net has no repeated blocks; use full",
+    ),
+    (
+        "",
+        "txt2img",
+        {"stage": {"accelerate": {"compile": "full", "cuda_graphs": True}, "device": "cpu"}},
+        "stages.0.accelerate.cuda_graphs: device is cpu; leave it out",
+    ),
+    (
+        "",
+        "img2img",
+        {"stage": {"accelerate": {"quantize": "fp8"}, "device": "cpu"}},
+        "stages.0.accelerate.quantize: fp8 needs a CUDA device, and device is cpu; use int8",
+    ),
+    (
+        "",
+        "txt2img",
+        {"stage": {"accelerate": {"quantize": "int8"}, "loras": {"ink": "FOLDER/lora"}, "lora": "ink"}},
+        "stages.0.accelerate.quantize: it does not go with a LoRA",
+    ),
+    (
+        "",
+        "txt2img",
+        {"stage": {"accelerate": {"fuse_qkv": True}}, "row": {"lora": "FOLDER/lora/pytorch_lora_weights.safetensors"}},
+        "stages.0.accelerate.fuse_qkv: it does not go with a LoRA",
+    ),
     ("revision", "txt2img", {"stage": {"revision": "v1"}}, "model .* is a folder here, .*; leave `revision` out"),
     ("variant", "txt2img", {"stage": {"variant": "fp16"}}, "no weights of variant fp16"),
 ]
@@ -320,6 +368,12 @@ USED: list[tuple[str, dict[str, Any]]] = [
     ("encode", {"stage": {"posterior": "sample", "image_decoding": "exact"}, "seed": 7}),
     ("encode", {"seed": 7, "sink": {"embed_metadata": "none", "thumbnails": None}}),
     ("txt2img", {"sink": {"storage_options": {"anon": True}}}),
+    ("txt2img", {"stage": {"accelerate": {"deep_cache": 2, "channels_last": False, "vae_batch_size": 4}}}),
+    (
+        "txt2img",
+        {"stage": {"accelerate": {"guidance_interval": [0, 0.5]}, "guidance_scale": 1}, "row": {"guidance_scale": 3}},
+    ),
+    ("encode", {"stage": {"accelerate": {"channels_last": True}}}),
     ("txt2img", {"stage": {"keep": True}, "later": {"op": "encode"}, "sink": {"format": "webp", "quality": 80}}),
     ("txt2img", {"stage": {"save_intermediates": 4, "num_inference_steps": 3}, "row": {"num_inference_steps": 8}}),
 ]
