@@ -6,6 +6,7 @@ Only what a user gave is refused, never a default; `null`, `""`, `false`, `none`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,8 @@ def _of_accelerate(stage: Pool, accelerate: Accelerate, facts: ModelFacts) -> Un
     if isinstance(stage, Adapted) and (stage.lora or stage.loras):
         for name in ("fuse_qkv", "quantize"):
             yield name, "it does not go with a LoRA; leave one out"
+    if find_spec("torchao") is None:
+        yield "quantize", "it needs the package torchao; pip install 'ldm-batch[quantize]', or leave it out"
 
 
 def _of_rows(stage: AnyStage, there: frozenset[str]) -> Unused:
@@ -160,11 +163,12 @@ def _of_rows(stage: AnyStage, there: frozenset[str]) -> Unused:
     if isinstance(stage, Adapted) and _no_lora(stage) and "lora" not in there:
         yield "lora_scale", "there is no LoRA to scale; give lora or a column lora, or leave it out"
         yield "loras", "no row has one of them; give lora or a column lora, or leave it out"
-    if isinstance(stage, Adapted) and "lora" in there:
-        for name in ("fuse_qkv", "quantize"):
-            yield f"accelerate.{name}", "it does not go with a LoRA; leave one out"
-    if isinstance(stage, Sampling) and "guidance_scale" not in there and stage.guidance_scale <= 1:
-        yield "accelerate.guidance_interval", "there is no guidance with guidance_scale of at most 1; leave it out"
+    if isinstance(stage, Sampling) and stage.accelerate is not None:
+        if "lora" in there:
+            for name in ("fuse_qkv", "quantize"):
+                yield f"accelerate.{name}", "it does not go with a LoRA; leave one out"
+        if "guidance_scale" not in there and stage.guidance_scale <= 1:
+            yield "accelerate.guidance_interval", "there is no guidance with guidance_scale of at most 1; leave it out"
     if isinstance(stage, Sampling) and there.isdisjoint({"num_inference_steps", "strength"}):
         steps = int(stage.num_inference_steps * getattr(stage, "strength", 1.0))
         if steps < (stage.save_intermediates or 0):

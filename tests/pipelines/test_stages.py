@@ -107,6 +107,43 @@ def test_a_changed_image_is_a_new_row_and_an_unchanged_one_is_not(tiny_model: Pa
     assert plan(listed, extend=True).num_known == 1
 
 
+def test_what_makes_a_model_faster_is_part_of_its_rows_key_and_nothing_of_it_is_not(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    source = {"rows": ["a red circle", "a blue star"]}
+    stage = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 2, "guidance_scale": 3, "batch_size": 2}
+    keys = []
+    for own in (
+        {},
+        {"accelerate": None},
+        {"accelerate": {}},
+        {"accelerate": {"compile": None, "channels_last": None}},
+        {"accelerate": {"channels_last": False}},
+        {"accelerate": {"deep_cache": 2}},
+        {"accelerate": {"deep_cache": 3}},
+        {"accelerate": {"guidance_interval": [0.5, 1]}},
+        {"accelerate": {"vae_batch_size": 1}},
+    ):
+        planned = check(job(tmp_path / "out", source, {**stage, **own}))
+        assert planned.table is not None
+        keys.append(tuple(planned.table["key"].to_pylist()))
+    assert len(set(keys[:4])) == 1
+    assert len(set(keys[3:])) == 6
+
+
+def test_a_job_that_is_made_faster_resumes_and_its_record_is_a_job(tiny_model: Path, tmp_path: Path) -> None:
+    accelerate = {"deep_cache": 2, "guidance_interval": [0, 0.5], "channels_last": True}
+    stage = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 4, "accelerate": accelerate}
+    made = run(job(tmp_path, {"rows": ["a red circle", "a blue star"]}, stage))
+    assert made.exit_code == 0
+    recorded = parse_job((tmp_path / "_ldm" / "job.yaml").read_text())
+    assert recorded.stages[0].model_dump(include={"accelerate"}, exclude_defaults=True)["accelerate"] == {
+        **accelerate,
+        "guidance_interval": (0.0, 0.5),
+    }
+    assert plan(recorded).new is None
+
+
 def test_how_a_jpeg_is_decoded_is_part_of_its_rows_key(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     keys = []
     for decoding in ("exact", "draft"):
