@@ -1,11 +1,14 @@
 """Every op on pipelines of published shapes: speed, share of the card's peak, memory, against diffusers called eagerly.
 
-    python -m benchmarks.gpu [--only sd15] [--rounds 3]
-    python -m benchmarks.gpu --device cpu --shrink 8      # only to see that it runs
+    python -m benchmarks.gpu [--only sd15] [--options default,full,…] [--rounds 3]     # ops, by every option
+    python -m benchmarks.gpu --figures [--only 12] [--rounds 3]                        # prompts or JPEGs to files
+    python -m benchmarks.gpu --device cpu --shrink 8 [--figures]                       # only to see that it runs
 
 Needs neither Ray nor a network. Each op and its peer, the bare diffusers call with the same arguments, take turns in
 one process on weights of their own; FLOPs are counted by torch on the peer's call (one multiply-add is two), and the
-peak is a bf16 product of 8192 × 8192 matrices in the same run.
+peak is a bf16 product of 8192 × 8192 matrices in the same run. An option that leaves work out has its own FLOPs
+counted; what it changes is told in decibels against the op's default, on random weights: on real ones see
+`benchmarks/lossy.py`. Power is the mean that nvidia-smi tells, waits are what torch's sync debug mode counts.
 """
 
 from __future__ import annotations
@@ -13,10 +16,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +37,12 @@ from diffusers import (
     AutoPipelineForText2Image,
     StableDiffusionUpscalePipeline,
 )
+from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.published import save
+from ldm_ops.accelerate import Accelerate, AccelerateAutoencoder
 from ldm_ops.decode import Decode
 from ldm_ops.encode import Encode
 from ldm_ops.img2img import Img2Img
@@ -155,6 +165,34 @@ def peer(case: Case, folder: Path, device: str, dtype: torch.dtype) -> Callable[
     return call
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "contiguous": {"channels_last": False},
+    "fuse_qkv": {"fuse_qkv": True},
+    "regional": {"compile": "regional"},
+    "full": {"compile": "full"},
+    "cuda_graphs": {"compile": "full", "cuda_graphs": True},
+    "vae_batch_size": {"vae_batch_size": 1},
+    "guidance_interval": {"guidance_interval": (0.2, 0.8)},
+    "deep_cache": {"deep_cache": 3},
+    "int8": {"quantize": "int8"},
+    "fp8": {"quantize": "fp8"},
+    "fp8_full": {"quantize": "fp8", "compile": "full"},
+}
+"""What `accelerate` is set to, by a name."""
+
+LEAVES_OUT = ("guidance_interval", "deep_cache")
+
+
+def op_of(case: Case, device: str, option: str) -> Op | None:
+    """The op with an option; None where the one knows nothing of the other."""
+    known = AccelerateAutoencoder if case.op in (Encode, Decode) else Accelerate
+    try:
+        return case.op(model="x", device=device, accelerate=known(**OPTIONS[option]))  # type: ignore[call-arg]
+    except ValidationError:
+        return None
+
+
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -188,43 +226,126 @@ def peak_tflops(device: str) -> float:
     return 2 * side**3 / min(times) / 1e12
 
 
-def measure(
-    case: Case, folder: Path, device: str, dtype: torch.dtype, rounds: int, peak: float
-) -> dict[str, float | str | None]:
-    """Both sides in turn; medians over the rounds after one warm-up."""
-    batch = rows(case)
-    op = case.op(model="x", device=device)
-    model = op.load(folder)
-    ours_gb = peak_memory(lambda: op.run(model, batch), device)
-    del model
-    gc.collect()
-    bare = peer(case, folder, device, dtype)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        bare(batch)
-    flops = counter.get_total_flops()
-    with torch.inference_mode():
-        peer_gb = peak_memory(lambda: bare(batch), device)
-    model = op.load(folder)
-    op.run(model, batch)
-    ours, theirs = [], []
-    for _ in range(rounds):
+@contextmanager
+def power(device: str) -> Iterator[list[float]]:
+    """Fills in the mean of what the card draws meanwhile, in W, where nvidia-smi is there to tell."""
+    found: list[float] = []
+    smi = shutil.which("nvidia-smi") if device.startswith("cuda") else None
+    if smi is None:
+        yield found
+        return
+    asked = [smi, "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "200"]
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as process:
+        yield found
+        process.terminate()
+        said, _ = process.communicate()
+    readings = [float(line) for line in said.split() if line.replace(".", "", 1).isdigit()]
+    found += [statistics.mean(readings)] if readings else []
+
+
+def waits(action: Callable[[], Any], device: str) -> int | None:
+    """How often the host waits for the device in one call."""
+    if not device.startswith("cuda"):
+        return None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            action()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in seen)
+
+
+def made_by(op: Op, model: Any, batch: list[dict[str, Any]]) -> NDArray[Any]:
+    return np.stack([output["latents" if isinstance(op, Encode) else "image"] for output in op.run(model, batch)])
+
+
+def error_db(made: NDArray[Any], exact: NDArray[Any]) -> float:
+    """PSNR of pictures; of latents against their own range."""
+    error = np.square(made.astype(float) - exact.astype(float)).mean()
+    peak = 255.0 if exact.dtype == np.uint8 else float(np.ptp(exact.astype(float)))
+    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+
+
+@dataclass
+class Peer:
+    """The bare call on weights of its own, with what all options are measured against."""
+
+    call: Callable[[list[dict[str, Any]]], Any]
+    load_s: float
+    flops: int
+    peak_gb: float | None
+
+    @classmethod
+    def of(cls, case: Case, folder: Path, device: str, dtype: torch.dtype, batch: list[dict[str, Any]]) -> Peer:
+        start = time.perf_counter()
+        call = peer(case, folder, device, dtype)
+        synchronize(device)
+        load_s = time.perf_counter() - start
         with torch.inference_mode():
-            theirs.append(seconds(lambda: bare(batch), device))
-        ours.append(seconds(lambda: op.run(model, batch), device))
+            with FlopCounterMode(display=False) as counter:
+                call(batch)
+            return cls(call, load_s, counter.get_total_flops(), peak_memory(lambda: call(batch), device))
+
+
+def measure(
+    case: Case, option: str, op: Op, bare: Peer, folder: Path, device: str, rounds: int, peak: float, exact: list[Any]
+) -> dict[str, Any]:
+    """Both sides in turn; medians over the rounds after a warm-up, in which what is compiled is compiled."""
+    batch = rows(case)
+    start = time.perf_counter()
+    model = op.load(folder)
+    synchronize(device)
+    load_s = time.perf_counter() - start
+    warm_up_s = seconds(lambda: op.run(model, batch), device)
+    gb = peak_memory(lambda: exact.append(made_by(op, model, batch)) if not exact else op.run(model, batch), device)
+    flops = bare.flops
+    if option in LEAVES_OUT:
+        with FlopCounterMode(display=False) as counter:
+            op.run(model, batch)
+        flops = counter.get_total_flops()
+    ours, theirs = [], []
+    with power(device) as watts:
+        for _ in range(rounds):
+            with torch.inference_mode():
+                theirs.append(seconds(lambda: bare.call(batch), device))
+            ours.append(seconds(lambda: op.run(model, batch), device))
     mine, other = statistics.median(ours), statistics.median(theirs)
     return {
         "case": case.name,
+        "option": option,
         "batch_size": case.batch_size,
         "steps": case.steps,
         "images_per_s": case.batch_size / mine,
         "diffusers_images_per_s": case.batch_size / other,
         "ratio": other / mine,
+        "ratio_range": [round(min(theirs) / max(ours), 3), round(max(theirs) / min(ours), 3)],
         "tflop_per_image": flops / case.batch_size / 1e12,
         "tflop_per_s": flops / mine / 1e12,
         "share_of_peak": flops / mine / 1e12 / peak,
-        "peak_gb": ours_gb,
-        "diffusers_peak_gb": peer_gb,
+        "share_of_790": flops / mine / 790e12,
+        "error_db": error_db(made_by(op, model, batch), exact[0]),
+        "peak_gb": gb,
+        "diffusers_peak_gb": bare.peak_gb,
+        "watts_of_both": watts[0] if watts else None,
+        "waits": waits(lambda: op.run(model, batch), device),
+        "load_s": load_s,
+        "diffusers_load_s": bare.load_s,
+        "warm_up_s": warm_up_s,
     }
+
+
+def forget(device: str) -> None:
+    """Give back what a model held."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def rounded(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
 
 
 def main() -> None:
@@ -232,6 +353,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shrink", type=int, default=1, help="divide every width, to try the script out")
     parser.add_argument("--only", help="cases whose name holds this text")
+    parser.add_argument(
+        "--options", default=",".join(OPTIONS), help="some of these; the first is what errors are against"
+    )
+    parser.add_argument("--figures", action="store_true", help="from prompts or JPEGs to files")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep the models there")
     args = parser.parse_args()
@@ -241,17 +366,32 @@ def main() -> None:
     print(json.dumps({"machine": machine, "torch": torch.__version__, "bf16_peak_tflops": peak}), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
+        if args.figures:
+            from benchmarks.gpu_figures import measure_figures
+
+            measure_figures(folder, Path(scratch), args.device, dtype, args.shrink, args.only, args.rounds)
+            return
         for case in CASES:
             if args.only and args.only not in case.name:
                 continue
             if args.shrink > 1:
                 case = case.small()
             weights = save(case.model, folder, args.device, dtype, args.shrink)
-            found = measure(case, weights, args.device, dtype, args.rounds, peak)
-            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}), flush=True)
-            gc.collect()
-            if args.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+            bare = Peer.of(case, weights, args.device, dtype, rows(case))
+            exact: list[Any] = []
+            for option in args.options.split(","):
+                op = op_of(case, args.device, option)
+                if op is None:
+                    continue
+                try:
+                    found = measure(case, option, op, bare, weights, args.device, args.rounds, peak, exact)
+                except ValueError as error:
+                    # What this model, device or installation cannot do.
+                    found = {"case": case.name, "option": option, "refused": str(error)}
+                print(json.dumps(rounded(found)), flush=True)
+                forget(args.device)
+            del bare
+            forget(args.device)
 
 
 if __name__ == "__main__":
