@@ -41,13 +41,15 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.published import save
+from benchmarks.published import save, tiny_vae
 from ldm_ops.accelerate import Accelerate, AccelerateAutoencoder
+from ldm_ops.adapters import Adapters
 from ldm_ops.decode import Decode
 from ldm_ops.encode import Encode
 from ldm_ops.img2img import Img2Img
 from ldm_ops.inpaint import Inpaint
 from ldm_ops.op import Op
+from ldm_ops.sampling import Sampling
 from ldm_ops.txt2img import Txt2Img
 from ldm_ops.upscale import Upscale
 
@@ -175,18 +177,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vae_batch_size": {"vae_batch_size": 1},
     "guidance_interval": {"guidance_interval": (0.2, 0.8)},
     "deep_cache": {"deep_cache": 3},
+    "tiny_vae": {},
     "int8": {"quantize": "int8"},
     "fp8": {"quantize": "fp8"},
     "fp8_full": {"quantize": "fp8", "compile": "full"},
 }
-"""What `accelerate` is set to, by a name."""
+"""What `accelerate` is set to, by a name; `tiny_vae` is an autoencoder of TAESD's shape instead of the model's own."""
 
-LEAVES_OUT = ("guidance_interval", "deep_cache")
+LEAVES_OUT = ("guidance_interval", "deep_cache", "tiny_vae")
 
 
 def op_of(case: Case, device: str, option: str) -> Op | None:
     """The op with an option; None where the one knows nothing of the other."""
     known = AccelerateAutoencoder if case.op in (Encode, Decode) else Accelerate
+    if option == "tiny_vae" and case.op in (Encode, Decode, Upscale):
+        return None
     try:
         return case.op(model="x", device=device, accelerate=known(**OPTIONS[option]))  # type: ignore[call-arg]
     except ValidationError:
@@ -261,11 +266,11 @@ def made_by(op: Op, model: Any, batch: list[dict[str, Any]]) -> NDArray[Any]:
     return np.stack([output["latents" if isinstance(op, Encode) else "image"] for output in op.run(model, batch)])
 
 
-def error_db(made: NDArray[Any], exact: NDArray[Any]) -> float:
-    """PSNR of pictures; of latents against their own range."""
+def error_db(made: NDArray[Any], exact: NDArray[Any]) -> float | None:
+    """PSNR of pictures; of latents against their own range. None where they are equal."""
     error = np.square(made.astype(float) - exact.astype(float)).mean()
     peak = 255.0 if exact.dtype == np.uint8 else float(np.ptp(exact.astype(float)))
-    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+    return None if error == 0 else float(10 * np.log10(peak**2 / error))
 
 
 @dataclass
@@ -292,25 +297,35 @@ class Peer:
 def measure(
     case: Case, option: str, op: Op, bare: Peer, folder: Path, device: str, rounds: int, peak: float, exact: list[Any]
 ) -> dict[str, Any]:
-    """Both sides in turn; medians over the rounds after a warm-up, in which what is compiled is compiled."""
+    """Both sides in turn; medians over the rounds after a warm-up, in which what is compiled is compiled.
+
+    `exact` is what errors are told against; where it is empty, this is what the next ones are.
+    """
     batch = rows(case)
     start = time.perf_counter()
-    model = op.load(folder)
+    if option == "tiny_vae":
+        assert isinstance(op, Sampling)
+        model = op.load(folder, Adapters(vae=(tiny_vae(folder.parent), None)))
+    else:
+        model = op.load(folder)
     synchronize(device)
     load_s = time.perf_counter() - start
     warm_up_s = seconds(lambda: op.run(model, batch), device)
-    gb = peak_memory(lambda: exact.append(made_by(op, model, batch)) if not exact else op.run(model, batch), device)
+    made: list[NDArray[Any]] = []
+    with power(device) as watts:
+        gb = peak_memory(lambda: made.append(made_by(op, model, batch)), device)
+    if not exact:
+        exact += made
     flops = bare.flops
     if option in LEAVES_OUT:
         with FlopCounterMode(display=False) as counter:
             op.run(model, batch)
         flops = counter.get_total_flops()
     ours, theirs = [], []
-    with power(device) as watts:
-        for _ in range(rounds):
-            with torch.inference_mode():
-                theirs.append(seconds(lambda: bare.call(batch), device))
-            ours.append(seconds(lambda: op.run(model, batch), device))
+    for _ in range(rounds):
+        with torch.inference_mode():
+            theirs.append(seconds(lambda: bare.call(batch), device))
+        ours.append(seconds(lambda: op.run(model, batch), device))
     mine, other = statistics.median(ours), statistics.median(theirs)
     return {
         "case": case.name,
@@ -325,10 +340,10 @@ def measure(
         "tflop_per_s": flops / mine / 1e12,
         "share_of_peak": flops / mine / 1e12 / peak,
         "share_of_790": flops / mine / 790e12,
-        "error_db": error_db(made_by(op, model, batch), exact[0]),
+        "error_db": error_db(made[0], exact[0]),
         "peak_gb": gb,
         "diffusers_peak_gb": bare.peak_gb,
-        "watts_of_both": watts[0] if watts else None,
+        "watts": watts[0] if watts else None,
         "waits": waits(lambda: op.run(model, batch), device),
         "load_s": load_s,
         "diffusers_load_s": bare.load_s,
@@ -353,9 +368,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shrink", type=int, default=1, help="divide every width, to try the script out")
     parser.add_argument("--only", help="cases whose name holds this text")
-    parser.add_argument(
-        "--options", default=",".join(OPTIONS), help="some of these; the first is what errors are against"
-    )
+    parser.add_argument("--options", default=",".join(OPTIONS), help="of these; errors are against the first")
     parser.add_argument("--figures", action="store_true", help="from prompts or JPEGs to files")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep the models there")

@@ -43,10 +43,10 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Decibels, over all pictures; infinite where they are equal."""
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float | None:
+    """Decibels, over all pictures; None where they are equal."""
     error = np.square(a.astype(float) - b.astype(float)).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+    return None if error == 0 else round(float(10 * np.log10(255**2 / error)), 1)
 
 
 def pictures(captions: list[draw.Caption], accelerate: dict[str, Any]) -> tuple[NDArray[np.uint8], int]:
@@ -76,7 +76,7 @@ def main() -> None:
         exact = exact or (made, flops)
         right = sum(judge(picture).agrees(caption) for picture, caption in zip(made, captions, strict=True))
         found = {
-            "psnr_db": round(psnr(made, exact[0]), 1),
+            "psnr_db": psnr(made, exact[0]),
             "right": round(right / len(captions), 3),
             # Torch counts no int8 product.
             "flops": None if "quantize" in option else round(flops / exact[1], 3),

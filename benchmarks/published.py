@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     StableDiffusionPipeline,
@@ -187,6 +188,15 @@ PIPELINES: dict[str, Callable[[int], Any]] = {
     "sdxl": stable_diffusion_xl,
     "sd_x4": stable_diffusion_x4,
 }
+
+
+def tiny_vae(folder: Path) -> Path:
+    """An AutoencoderTiny of diffusers' own numbers, which are TAESD's; seeded, saved under `folder`."""
+    target = folder / "tiny_vae"
+    if not target.exists():
+        torch.manual_seed(0)
+        AutoencoderTiny().save_pretrained(target)
+    return target
 
 
 def save(name: str, folder: Path, device: str, dtype: torch.dtype, shrink: int = 1) -> Path:

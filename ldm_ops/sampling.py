@@ -218,7 +218,11 @@ class Sampling(Op):
             stay_on_host(model.pipe.scheduler)
         model.steps.begin(len(rows))
         with torch.inference_mode():
-            images_BCHW = as_BCHW(model.pipe(**self._arguments(model, rows, kept)).images)
+            try:
+                images_BCHW = as_BCHW(model.pipe(**self._arguments(model, rows, kept)).images)
+            finally:
+                # What it keeps of one step for the next is device memory.
+                model.steps.begin(0)
             bytes_BHWC = to_uint8(self._finish(images_BCHW, rows))
             plain = (bytes_BHWC == bytes_BHWC[:, :1, :1]).flatten(1).all(1)
             pictures, one_colour, finite = to_host(bytes_BHWC, plain, torch.isfinite(images_BCHW).all())
@@ -233,7 +237,6 @@ class Sampling(Op):
                         f"all pixels are ({colour}); try dtype: fp32 or bf16, another scheduler or guidance_scale",
                     )
             previews = to_host(*(to_uint8(decode(model.pipe, x)) for x in kept.latents)) if kept and kept.steps else []
-            model.steps.begin(0)
         outputs: list[dict[str, Any]] = []
         for i, picture in enumerate(pictures):
             nsfw = None if flagged is None else flagged[i]
