@@ -179,14 +179,20 @@ def set_up_compiler() -> None:
 
 
 def split_decoder(vae: Any, batch_size: int) -> None:
-    """Let an autoencoder decode `batch_size` latents at a time: its memory peaks far above the denoiser's."""
+    """Let an autoencoder decode `batch_size` latents at a time: its memory peaks far above the denoiser's.
+
+    The last ones are padded: a row's bits must not depend on how many stand before it.
+    """
     import torch
 
     whole = vae.decode
 
     def decode(latents_BCHW: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        pieces = [latents_BCHW[i : i + batch_size] for i in range(0, len(latents_BCHW), batch_size)]
-        made = torch.cat([whole(piece, *args, return_dict=False, **kwargs)[0] for piece in pieces])
+        count = len(latents_BCHW)
+        size = min(batch_size, count)
+        padded = torch.cat([latents_BCHW, *[latents_BCHW[-1:]] * (-count % size)])
+        pieces = [padded[i : i + size] for i in range(0, len(padded), size)]
+        made = torch.cat([whole(piece, *args, return_dict=False, **kwargs)[0] for piece in pieces])[:count]
         return Sample(made) if return_dict else (made,)
 
     vae.decode = decode

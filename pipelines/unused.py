@@ -136,7 +136,7 @@ def _of_accelerate(stage: Pool, accelerate: Accelerate, facts: ModelFacts) -> Un
         yield "guidance_interval", f"{model}, which is guided without a second half; leave it out"
     if not (Path(facts.folder) / "unet").is_dir():
         yield "deep_cache", f"{model}, which has no U-Net; leave it out"
-    if accelerate.vae_batch_size is not None and accelerate.vae_batch_size >= stage.batch_size:
+    if isinstance(stage.batch_size, int) and (accelerate.vae_batch_size or 0) >= stage.batch_size:
         yield "vae_batch_size", f"it is not less than batch_size, {stage.batch_size}; use less, or leave it out"
     device = getattr(stage, "device", "auto")
     if device in ("cpu", "mps"):

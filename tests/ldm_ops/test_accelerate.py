@@ -146,7 +146,7 @@ def test_both_together_keep_nothing_from_a_batch_of_another_length(tiny_model: P
 
 @pytest.mark.parametrize(
     "accelerate",
-    [{"guidance_interval": (0.0, 0.5)}, {"deep_cache": 2}, {"vae_batch_size": 2}, {"fuse_qkv": True}],
+    [{"guidance_interval": (0.0, 0.5)}, {"deep_cache": 2}, {"vae_batch_size": 3}, {"fuse_qkv": True}],
     ids=lambda one: next(iter(one)),
 )
 def test_a_row_does_not_notice_its_neighbours(tiny_model: Path, accelerate: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def test_pictures_are_decoded_a_few_at_a_time(tiny_model: Path, exact: Pictures)
     op, model = loaded(tiny_model, vae_batch_size=2)
     calls = counted(decoder=model.pipe.vae.decoder)
     assert psnr(made(op, model, rows()), exact) > 55
-    assert calls == {("decoder", 2): 1, ("decoder", 1): 1}
+    assert calls == {("decoder", 2): 2}
 
 
 def test_one_projection_stands_for_query_key_and_value(tiny_model: Path, exact: Pictures) -> None:
