@@ -1,6 +1,6 @@
 """What options that change the picture cost and save, on a model whose pictures can be judged: `builtin:shapes`.
 
-    python -m benchmarks.lossy [--captions 60]
+    python -m benchmarks.lossy [--captions 100]
 
 Held-out captions, 25 steps, one draw of noise each: error against the exact picture of the same seed, share of pictures
 that are right in colour, shape and background, and FLOPs of the whole batch, counted by torch, against the exact ones.
@@ -65,7 +65,7 @@ def pictures(captions: list[draw.Caption], accelerate: dict[str, Any]) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=int, default=60)
+    parser.add_argument("--captions", type=int, default=100)
     captions = choose(split()[1], np.random.default_rng(0), parser.parse_args().captions)
     torch.set_num_threads(1)
     exact: tuple[NDArray[np.uint8], int] | None = None
