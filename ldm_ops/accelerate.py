@@ -171,9 +171,12 @@ def set_up_compiler() -> None:
     came before it.
     """
     import torch._dynamo
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    cache = Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm-batch")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled"))
+    # Importing the compiler sets its default, which is a temporary folder of this node.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        cache = Path(os.environ.get("LDM_CACHE") or Path.home() / ".cache" / "ldm-batch")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "compiled")
     torch._dynamo.config.recompile_limit = 10_000
     torch._dynamo.config.accumulated_recompile_limit = 100_000
 

@@ -192,9 +192,11 @@ def test_what_is_compiled_makes_the_same_picture(
     tiny_model: Path, exact: Pictures, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
     from torch._dynamo.utils import counters
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    # As importing the compiler leaves it.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
     # Its tracer, guards and all; not its code generator, which takes a minute for this on a CPU.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
