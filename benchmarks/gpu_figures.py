@@ -284,9 +284,9 @@ def measure(line: Line, weights: Path, scratch: Path, device: str, dtype: torch.
 def measure_figures(
     folder: Path, scratch: Path, device: str, dtype: torch.dtype, shrink: int, only: str | None, rounds: int
 ) -> None:
-    """Print a JSON line for each of LINES whose number or name holds `only`, and for each of ours in it."""
+    """Print a JSON line for each of ours in each of LINES whose number is `only`, or whose name holds it."""
     for line in LINES:
-        if only and only not in f"{line.number} {line.case.name}":
+        if only and only != str(line.number) and (only.isdigit() or only not in line.case.name):
             continue
         if shrink > 1:
             line = line.small()

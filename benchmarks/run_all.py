@@ -139,7 +139,11 @@ def on_gpu(number: int) -> Callable[[Lines], Found]:
         ours = ", ".join(f"{line['ours']} {line['images_per_s']:.3g}" for line in mine)
         peers = max(rate for line in mine for rate in line["peers_images_per_s"].values())
         ratios = ", ".join(" and ".join(f"{ratio:.2f} ×" for ratio in line["ratios"]) for line in mine)
-        return Found(f"{ours} images/s", f"{peers:.3g} images/s", ratios, all(line["reached"] for line in mine))
+        # Of each case one of ours has to: as it is, or compiled.
+        cases = {line["case"]: False for line in mine}
+        for line in mine:
+            cases[line["case"]] |= line["reached"]
+        return Found(f"{ours} images/s", f"{peers:.3g} images/s", ratios, all(cases.values()))
 
     return read
 
