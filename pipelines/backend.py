@@ -74,7 +74,7 @@ class Backend(Protocol):
 
 
 def submission_id(name: str, job_yaml: str) -> str:
-    """`<slug of the name>-<10 hex digits of the job's sha256>`: at most 41 characters, a name for Kubernetes and Ray."""
+    """`<slug of the name>-<10 hex digits of the job's sha256>`: at most 41 characters, for Kubernetes and Ray alike."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:30].strip("-") or "job"
     # A Kubernetes name of this kind begins with a letter.
     slug = slug if slug[0].isalpha() else f"job-{slug}"[:30].strip("-")
