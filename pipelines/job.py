@@ -369,15 +369,24 @@ def load_job(path: str | Path, overrides: Sequence[str] = (), environ: Mapping[s
     Raises:
         JobError: with file, line, column, field and what is allowed.
     """
+    text = read_text(path)
+    return parse_job(text, str(path), overrides, environ)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a job file.
+
+    Raises:
+        JobError: there is none, or it is no text.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise JobError(f"{path}: no such job file; `ldm-batch init` writes one") from None
     except IsADirectoryError:
         raise JobError(f"{path} is a folder; give a job file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    return parse_job(text, str(path), overrides, environ)
 
 
 def parse_job(
