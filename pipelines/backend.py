@@ -15,6 +15,10 @@ ENDED: frozenset[Phase] = frozenset({"succeeded", "failed", "cancelled"})
 """A submission that has come so far is submitted anew under the next number."""
 
 
+JOB_FILE = "job.yaml"
+"""The job in a parcel's folder."""
+
+
 @dataclass(frozen=True)
 class Submission:
     """A job at a cluster, as its back end tells it."""
@@ -29,6 +33,10 @@ class Submission:
     created_at: str
     """ISO 8601, UTC."""
     dashboard: str | None
+
+
+# A class with a method `list` cannot say it.
+Submissions = list[Submission]
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Backend(Protocol):
         """
         ...
 
-    def list(self) -> list[Submission]: ...
+    def list(self) -> Submissions: ...
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         """Lines; with `follow` they end with the job."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.errors import EXIT_DEAD_LETTERS, EXIT_INTERRUPTED, JobError, LdmError
+from pipelines import cli_submit
+from pipelines.errors import EXIT_DEAD_LETTERS, JobError
+from pipelines.terminal import Extend, JobPath, Json, Limit, Set, emit, fail, one_line_errors
 from pipelines.wording import (
     diagnosis_text,
     garbage_text,
@@ -38,15 +37,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-JobPath = Annotated[Path, typer.Argument(help="The job file.", show_default=False)]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Override a field: stages.0.num_inference_steps=30. May be repeated.", metavar="PATH=VALUE"
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first N rows of the table.", metavar="N")]
 Output = Annotated[str, typer.Argument(help="A job file, or the output folder or URL itself.", show_default=False)]
 Address = Annotated[
     str | None, typer.Option(help="A Ray cluster (auto, host:port); one of this machine's own if left out.")
@@ -57,37 +47,6 @@ Grace = Annotated[
         min=0, help="Seconds after Ctrl-C or SIGTERM until what is still in flight is abandoned; no limit if left out."
     ),
 ]
-Extend = Annotated[bool, typer.Option(help="Add changed rows beside those of an older version of the job.")]
-
-
-@contextmanager
-def one_line_errors(as_json: bool) -> Iterator[None]:
-    """A user's mistake is one line and an exit code, never a traceback."""
-    try:
-        yield
-    except LdmError as error:
-        _fail(str(error), error.exit_code, as_json)
-    except (OSError, UnicodeError, RecursionError) as error:
-        # What no part of ours foresaw: a folder without permission, a name that is too long or no text.
-        what = getattr(error, "filename", None)
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        _fail(f"{what!r}: {reason}" if what else f"{reason}: {str(error)[:200]}", 1, as_json)
-    except KeyboardInterrupt:
-        # Ray takes seconds to end, and who asks again does not want to wait for it.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
-        _fail("interrupted; nothing that was committed is lost, run the same command again", EXIT_INTERRUPTED, as_json)
-
-
-def _fail(message: str, code: int, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"error": message, "exit_code": code}))
-    else:
-        typer.echo(message, err=True)
-    raise typer.Exit(code)
-
-
-def _emit(as_json: bool, value: dict[str, Any], text: Callable[[], str]) -> None:
-    typer.echo(json.dumps(value, default=str) if as_json else text())
 
 
 @app.command()
@@ -102,7 +61,7 @@ def init(
         if path.is_dir():
             path = path / "job.yaml"
         if path.suffix not in (".yaml", ".yml"):
-            _fail(
+            fail(
                 f"{path}: a job file's name ends in .yaml; choose another name: ldm-batch init my-job.yaml", 2, as_json
             )
         table = path.with_suffix(".csv")
@@ -111,15 +70,15 @@ def init(
         texts = {path: job, table: (starter / "prompts.csv").read_text(encoding="utf-8")}
         for target in texts:
             if target.exists():
-                _fail(f"{target} exists already; choose another name: ldm-batch init my-job.yaml", 2, as_json)
+                fail(f"{target} exists already; choose another name: ldm-batch init my-job.yaml", 2, as_json)
         for target, text in texts.items():
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text, encoding="utf-8")
             except OSError as error:
-                _fail(f"{target}: cannot be written ({error.strerror}); choose another folder", 2, as_json)
+                fail(f"{target}: cannot be written ({error.strerror}); choose another folder", 2, as_json)
         quoted = shlex.quote(str(path))
-        _emit(
+        emit(
             as_json,
             {"job": str(path), "table": str(table)},
             lambda: f"wrote {path} and {table}\nnext:\n  ldm-batch check {quoted}\n  ldm-batch run {quoted}",
@@ -141,7 +100,7 @@ def check(job: JobPath, set_: Set = None, limit: Limit = None, as_json: Json = F
         from pipelines.planner import check as check_job
 
         planned = check_job(_load(job, set_), limit)
-        _emit(as_json, planned_json(planned), lambda: f"{job} is fine\n{planned_text(planned)}")
+        emit(as_json, planned_json(planned), lambda: f"{job} is fine\n{planned_text(planned)}")
 
 
 @app.command()
@@ -163,7 +122,7 @@ def plan(job: JobPath, set_: Set = None, limit: Limit = None, extend: Extend = F
         left = sum(len(unfinished(store, one)) for one in planned.plans)
         # Not repeated word for word: --set may hold a secret.
         alike = "  # with the same options" if set_ or limit or extend else ""
-        _emit(
+        emit(
             as_json,
             planned_json(planned) | {"num_shards_left": left},
             lambda: (
@@ -200,25 +159,38 @@ def run(
             progress.done()
         from dataclasses import asdict
 
-        _emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary))
+        emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary))
         raise typer.Exit(summary.exit_code)
 
 
 @app.command()
 def status(
-    output: Output,
+    output: Annotated[
+        str,
+        typer.Argument(
+            help="A job file, or the output itself; with --address or --kube a job file, or an id.", show_default=False
+        ),
+    ],
+    address: cli_submit.Address = None,
+    kube: cli_submit.Kube = False,
+    namespace: cli_submit.Namespace = None,
+    context: cli_submit.Context = None,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Say what an output holds, from its files alone; also while a run goes on."""
+    """Say what an output holds, from its files alone; with --address or --kube, what a cluster says of a job."""
     with one_line_errors(as_json):
+        if address or kube or namespace or context:
+            cli_submit.cluster_status(output, address, kube, namespace, context, set_, as_json)
+            return
         from dataclasses import asdict
 
         from pipelines.totals import status as status_of
 
-        output, options, _ = _output(output)
+        output, options, _ = _output(output, set_)
         totals, runs = status_of(output, options)
         value = asdict(totals) | {"output": output, "num_runs": len(runs), "runs": runs}
-        _emit(as_json, value, lambda: f"{output}: {totals_text(totals)}\nruns: {len(runs)}")
+        emit(as_json, value, lambda: f"{output}: {totals_text(totals)}\nruns: {len(runs)}")
 
 
 @app.command()
@@ -248,7 +220,7 @@ def verify(
                 typer.echo(fault, err=True)
             if report.num_faults > len(report.faults):
                 typer.echo(f"… {report.num_faults} faults in all", err=True)
-        _emit(as_json, value, lambda: report_text(report))
+        emit(as_json, value, lambda: report_text(report))
         raise typer.Exit(report.exit_code)
 
 
@@ -269,7 +241,7 @@ def errors(
         code = EXIT_DEAD_LETTERS if found else 0
         if csv is not None:
             write_csv(output, csv, options)
-        _emit(
+        emit(
             as_json,
             {
                 "output": output,
@@ -323,7 +295,7 @@ def doctor(
 
         url, options, _ = _output(url)
         found = probe(url, options)
-        _emit(as_json, asdict(found) | {"exit_code": found.exit_code}, lambda: diagnosis_text(found))
+        emit(as_json, asdict(found) | {"exit_code": found.exit_code}, lambda: diagnosis_text(found))
         raise typer.Exit(found.exit_code)
 
 
@@ -348,7 +320,7 @@ def _redo(
     finally:
         progress.done()
     value = asdict(summary) | {"num_wrong": hopeless()}
-    _emit(as_json, value, lambda: summary_text(job, loaded, summary) + _hopeless(hopeless()))
+    emit(as_json, value, lambda: summary_text(job, loaded, summary) + _hopeless(hopeless()))
     raise typer.Exit(summary.exit_code)
 
 
@@ -374,7 +346,7 @@ def gc(
         age_s = _seconds(older_than)
         output, options, _ = _output(output)
         garbage = collect_garbage(output, options, age_s, dry_run)
-        _emit(as_json, asdict(garbage) | {"older_than_s": age_s}, lambda: garbage_text(garbage, older_than))
+        emit(as_json, asdict(garbage) | {"older_than_s": age_s}, lambda: garbage_text(garbage, older_than))
 
 
 def _seconds(age: str) -> float:
@@ -385,7 +357,7 @@ def _seconds(age: str) -> float:
     return seconds
 
 
-def _output(path: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _output(path: str, overrides: list[str] | None = None) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The output that a command names, and the storage options of it and of the source, which only a job file has."""
     if not path.endswith((".yaml", ".yml")):
         if not path.strip():
@@ -395,8 +367,11 @@ def _output(path: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         if (problem := problem_of(path, is_sink=False)) is not None:
             raise JobError(problem)
         return path, {}, {}
-    loaded = _load(Path(path), None)
+    loaded = _load(Path(path), overrides)
     return loaded.sink.path, loaded.sink.storage_options, loaded.source.storage_options
+
+
+cli_submit.add_to(app)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Job:

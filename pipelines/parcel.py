@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.backend import Parcel, submission_id
+from pipelines.backend import JOB_FILE, Parcel, submission_id
 from pipelines.errors import JobError
 from pipelines.job import Job, parse_job, read_text
 from pipelines.listing import expand
@@ -23,7 +23,6 @@ from pipelines.yaml_file import override, read_yaml
 MAX_FOLDER_BYTES = 32 << 20
 """A cluster's head holds what travels in its memory."""
 
-JOB_FILE = "job.yaml"
 _SECRET = re.compile(r"secret|token|password|passphrase|credential|(^|_)key$|(^|_)key_id$|(^|_)sas$", re.IGNORECASE)
 _VERBATIM = re.compile(r"\$\{env:[^}]*\}")
 
@@ -90,8 +89,8 @@ def _refuse_relative(path: Path, job: Job, data: dict[str, Any]) -> None:
     """Places that are relative to this machine's working directory."""
     if _is_relative(data["sink"]["path"]):
         raise JobError(
-            f"{path}: sink.path {job.sink.path} is relative to a folder of this machine; use s3://…, or file:///… for a "
-            "folder that all nodes share (--set sink.path=…)"
+            f"{path}: sink.path {job.sink.path} is relative to a folder of this machine; use s3://…, or file:///… for "
+            "a folder that all nodes share (--set sink.path=…)"
         )
     for i, stage in enumerate(data["stages"]):
         for name, place in _weights(stage):
@@ -101,8 +100,8 @@ def _refuse_relative(path: Path, job: Job, data: dict[str, Any]) -> None:
                     "s3://…, or an absolute path that every node has"
                 )
     for name in ("certificate", "private_key"):
-        if _is_relative(place := (data["sink"].get("c2pa") or {}).get(name)):
-            raise JobError(f"{path}: sink.c2pa.{name} {place} does not travel; give a path that every node has")
+        if _is_relative(said := (data["sink"].get("c2pa") or {}).get(name)):
+            raise JobError(f"{path}: sink.c2pa.{name} {said} does not travel; give a path that every node has")
 
 
 def _weights(stage: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
-from pipelines.backend import ENDED, Parcel, Phase, Submission, numbered
+from pipelines.backend import ENDED, JOB_FILE, Parcel, Phase, Submission, Submissions, numbered
 from pipelines.errors import EXIT_DEAD_LETTERS, EXIT_INTERRUPTED, EXIT_TERMINATED, JobError, LdmError, RunFailed
 
 STOP_WAIT_S = 600
@@ -55,14 +55,8 @@ class RayJobs:
         if before and before[-1].phase not in ENDED | {"suspended"}:
             return before[-1], False
         attempt = before[-1].attempt + 1 if before else 1
-        command = shlex.join(["python", "-m", "pipelines", "run", "job.yaml", *parcel.arguments])
-        environment = {
-            "working_dir": str(parcel.folder),
-            "py_modules": [str(Path(__file__).parents[1] / package) for package in PACKAGES],
-            "excludes": ["**/__pycache__/", "*.pyc"],
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
-        }
-        return self._start(parcel.id, attempt, f"echo $$ > {_pid_file(parcel.id)}; exec {command}", environment)
+        sent = request(parcel, attempt)
+        return self._start(parcel.id, attempt, sent["entrypoint"], sent["runtime_env"])
 
     def get(self, id: str) -> Submission:
         base, _, number = id.rpartition("-")
@@ -71,7 +65,7 @@ class RayJobs:
             raise JobError(f"{self.address}: no job {id}; `ldm-batch list --address {self.address}` shows those there")
         return known[-1]
 
-    def list(self) -> list[Submission]:
+    def list(self) -> Submissions:
         with self._one_line():
             jobs = self.client.list_jobs()
         ours = [self._submission(job) for job in jobs if OURS in (job.metadata or {})]
@@ -135,18 +129,15 @@ class RayJobs:
                 )
         self._start(one.id, one.attempt + 1, there.entrypoint, there.runtime_env)
 
-    def _start(
-        self, id: str, attempt: int, entrypoint: str, environment: dict[str, Any]
-    ) -> tuple[Submission, bool]:
-        name = numbered(id, attempt)
+    def _start(self, id: str, attempt: int, entrypoint: str, environment: dict[str, Any]) -> tuple[Submission, bool]:
         made = True
         try:
             with self._one_line():
                 self.client.submit_job(
                     entrypoint=entrypoint,
-                    submission_id=name,
+                    submission_id=numbered(id, attempt),
                     runtime_env=environment,
-                    metadata={OURS: id, "ldm_batch_attempt": str(attempt)},
+                    metadata=_metadata(id, attempt),
                 )
         except RunFailed:
             # Another may have been first.
@@ -155,7 +146,7 @@ class RayJobs:
             made = False
         return self.get(id), made
 
-    def _attempts(self, id: str) -> list[Submission]:
+    def _attempts(self, id: str) -> Submissions:
         """All that was ever submitted under this id, the last one last."""
         return sorted((one for one in self.list() if one.id == id), key=lambda one: one.attempt)
 
@@ -194,8 +185,8 @@ class RayJobs:
         ray = next(one for one in asked if one.name == "ray" and one.marker is None)
         if not ray.specifier.contains(there, prereleases=True):
             raise JobError(
-                f"--address {self.address}: that cluster has Ray {there}, this ldm-batch needs {ray.specifier}; use the "
-                "same version on both sides"
+                f"--address {self.address}: that cluster has Ray {there}, this ldm-batch needs {ray.specifier}; "
+                "use the same version on both sides"
             )
 
     @contextmanager
@@ -207,6 +198,26 @@ class RayJobs:
             raise
         except Exception as error:  # noqa: BLE001 - the client raises RuntimeError, and what requests and aiohttp raise
             raise RunFailed(f"--address {self.address}: {_reason(error)}") from None
+
+
+def request(parcel: Parcel, attempt: int) -> dict[str, Any]:
+    """What the job server is sent; the folders of this machine that it names are uploaded first."""
+    command = shlex.join(["python", "-m", "pipelines", "run", JOB_FILE, *parcel.arguments])
+    return {
+        "submission_id": numbered(parcel.id, attempt),
+        "entrypoint": f"echo $$ > {_pid_file(parcel.id)}; exec {command}",
+        "runtime_env": {
+            "working_dir": str(parcel.folder),
+            "py_modules": [str(Path(__file__).parents[1] / package) for package in PACKAGES],
+            "excludes": ["**/__pycache__/", "*.pyc"],
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+        },
+        "metadata": _metadata(parcel.id, attempt),
+    }
+
+
+def _metadata(id: str, attempt: int) -> dict[str, str]:
+    return {OURS: id, "ldm_batch_attempt": str(attempt)}
 
 
 def phase_of(status: str, exit_code: int | None, message: str) -> tuple[Phase, str]:

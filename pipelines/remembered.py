@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipelines.shards import PLANS
 from pipelines.source import table_files
 from pipelines.stages import reads
 from pipelines.storage import Store, is_local
+from pipelines.version import version
 
 OUTSIDE_THE_TABLE = frozenset({"image", "mask_image", "control_image", "latents"})
 

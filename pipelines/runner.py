@@ -44,6 +44,7 @@ from pipelines.stages import AnyStage
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
 from pipelines.totals import Totals, count, unfinished, write_success
+from pipelines.version import version
 from pipelines.weights import Weights
 from pipelines.worker import Place
 
@@ -402,7 +403,5 @@ def pool_stages(own: Job, job: Job) -> list[AnyStage]:
 
 
 def _environment() -> dict[str, Any]:
-    from importlib.metadata import version
-
     packages = ("ldm-batch", "ray", "torch", "diffusers", "transformers", "pyarrow", "pillow", "numpy")
     return {"python": platform.python_version(), "platform": platform.platform(), **{p: version(p) for p in packages}}

@@ -6,12 +6,12 @@ import importlib.util
 import io
 import json
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import JobError
 from pipelines.job import Signing
+from pipelines.version import version
 
 TRAINED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
