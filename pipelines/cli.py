@@ -13,7 +13,7 @@ import typer
 
 from pipelines import cli_submit
 from pipelines.errors import EXIT_DEAD_LETTERS, JobError
-from pipelines.terminal import Extend, JobPath, Json, Limit, Set, emit, fail, one_line_errors
+from pipelines.terminal import Extend, JobPath, Json, Limit, Set, Slice, emit, fail, one_line_errors
 from pipelines.wording import (
     diagnosis_text,
     garbage_text,
@@ -142,6 +142,7 @@ def run(
     takeover: Annotated[
         bool, typer.Option("--takeover", help="Replace a run that is alive on the same output.")
     ] = False,
+    slice_: Slice = None,
     address: Address = None,
     grace: Grace = None,
     as_json: Json = False,
@@ -150,11 +151,13 @@ def run(
     with one_line_errors(as_json):
         from pipelines.progress import Progress
         from pipelines.runner import run as run_job
+        from pipelines.slices import Slice as Part
 
+        part = None if slice_ is None else Part.parse(slice_)
         loaded = _load(job, set_)
         progress = Progress()
         try:
-            summary = run_job(loaded, limit, extend, join, takeover, address, progress, grace)
+            summary = run_job(loaded, limit, extend, join, takeover, address, progress, grace, part)
         finally:
             progress.done()
         from dataclasses import asdict

@@ -53,7 +53,10 @@ def submit(
     """Send a job to a cluster; the same job twice is one. It goes on without this machine."""
     with one_line_errors(as_json), tempfile.TemporaryDirectory(prefix="ldm-batch-") as folder:
         from pipelines.parcel import pack
+        from pipelines.slices import Slice as Part
 
+        if slice_ is not None:
+            Part.parse(slice_)
         arguments = [
             *([] if limit is None else ["--limit", str(limit)]),
             *(["--extend"] if extend else []),

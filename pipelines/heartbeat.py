@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipelines.errors import LdmError, RunAlive, StorageError
+from pipelines.errors import JobError, LdmError, RunAlive, StorageError
+from pipelines.slices import Slice
 from pipelines.storage import ObjectStore, Store
 
 RUNS = "_ldm/runs"
@@ -63,10 +64,11 @@ def end(store: Store, run_id: str, body: dict[str, Any]) -> None:
 class Heartbeat:
     """Keeps this run visible for as long as the `with` block lasts."""
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, part: Slice | None = None) -> None:
         self.store = store
         self.path = f"{RUNS}/{run_id}/heartbeat.json"
-        self.body = json.dumps({"run_id": run_id, **_this_process()}).encode()
+        says = {} if part is None else {"slice": str(part)}
+        self.body = json.dumps({"run_id": run_id, **_this_process(), **says}).encode()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="ldm-heartbeat")
 
@@ -118,8 +120,12 @@ def live_runs(store: Store, now_s: float) -> list[dict[str, Any]]:
     return alive
 
 
-def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool, way_out: str) -> None:
+def refuse_if_alive(
+    store: Store, own: str, join: bool, takeover: bool, way_out: str, part: Slice | None = None
+) -> None:
     """Leave an output to the run that works on it, unless told otherwise; `own` has beaten already.
+
+    Runs of slices that have no shard in common live beside each other.
 
     Only an older run counts: of two that start together one has to go on, and one that was refused must not refuse
     the next.
@@ -129,7 +135,8 @@ def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool, way_out:
     """
     beat = store.info(f"{RUNS}/{own}/heartbeat.json")
     assert beat is not None
-    others = [run for run in live_runs(store, beat.modified_s) if run["run_id"] < own]
+    alive = (run for run in live_runs(store, beat.modified_s) if run["run_id"] < own)
+    others = [run for run in alive if part is None or (its := _slice(run)) is None or part.meets(its)]
     if not others or join:
         return
     if takeover:
@@ -141,7 +148,16 @@ def refuse_if_alive(store: Store, own: str, join: bool, takeover: bool, way_out:
 
 def describe(run: dict[str, Any]) -> str:
     """A run that is alive, for a message."""
-    return f"run {run['run_id']} on {run['host']} (pid {run['pid']}) is alive, last seen {run['age_s']:.0f} s ago"
+    what = f" (slice {part})" if (part := _slice(run)) else ""
+    return f"run {run['run_id']}{what} on {run['host']} (pid {run['pid']}) is alive, last seen {run['age_s']:.0f} s ago"
+
+
+def _slice(run: dict[str, Any]) -> Slice | None:
+    """The slice that a run works on; None where it is the whole, or cannot be read."""
+    try:
+        return Slice.parse(run["slice"])
+    except (KeyError, TypeError, JobError):
+        return None
 
 
 def _read(body: bytes | None) -> dict[str, Any]:

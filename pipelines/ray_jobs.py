@@ -68,8 +68,10 @@ class RayJobs:
     def list(self) -> Submissions:
         with self._one_line():
             jobs = self.client.list_jobs()
-        ours = [self._submission(job) for job in jobs if OURS in (job.metadata or {})]
-        return sorted(ours, key=lambda one: one.created_at)
+        ours = (self._submission(job) for job in jobs if OURS in (job.metadata or {}))
+        # Of each the last attempt.
+        last = {one.id: one for one in sorted(ours, key=lambda one: one.attempt)}
+        return sorted(last.values(), key=lambda one: one.created_at)
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         name = self._name(self.get(id))
@@ -148,7 +150,10 @@ class RayJobs:
 
     def _attempts(self, id: str) -> Submissions:
         """All that was ever submitted under this id, the last one last."""
-        return sorted((one for one in self.list() if one.id == id), key=lambda one: one.attempt)
+        with self._one_line():
+            jobs = self.client.list_jobs()
+        found = (self._submission(job) for job in jobs if (job.metadata or {}).get(OURS) == id)
+        return sorted(found, key=lambda one: one.attempt)
 
     def _alive(self, id: str) -> Submission:
         one = self.get(id)

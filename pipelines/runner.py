@@ -40,10 +40,11 @@ from pipelines.planner import Planned, plan
 from pipelines.plans import Plan, job_of, read_plans
 from pipelines.shards import PLANS, Shards
 from pipelines.sink import ShardWriter
+from pipelines.slices import Slice
 from pipelines.stages import AnyStage
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import Store
-from pipelines.totals import Totals, count, unfinished, write_success
+from pipelines.totals import Totals, count, refuse_unfinished, unfinished, write_success
 from pipelines.version import version
 from pipelines.weights import Weights
 from pipelines.worker import Place
@@ -57,7 +58,8 @@ ends with workers that wait for the last of it, and the next loads the model aga
 class Summary:
     """How a run ended. `num_gone` rows were planned before and are not in the table now.
 
-    `rows_per_s` is over the rows that this run committed and its whole time, loading included.
+    `rows_per_s` is over the rows that this run committed and its whole time, loading included. With a `slice` the totals
+    are of its own shards, as other slices are not done yet.
     """
 
     run_id: str
@@ -70,6 +72,7 @@ class Summary:
     rows_per_s: float
     first_error: str | None
     totals: Totals
+    slice: str | None = None
 
 
 WAIT_OR_HELP = "wait for it, or pass --join to help it or --takeover to replace it"
@@ -159,8 +162,11 @@ def run(
     address: str | None = None,
     listener: Listener | None = None,
     grace_s: float | None = None,
+    part: Slice | None = None,
 ) -> Summary:
     """Plan, do what is left, count. `grace_s` after Ctrl-C or SIGTERM what is still in flight is abandoned.
+
+    With `part` only the shards of that slice are done; the run that finds all of them there marks the output as whole.
 
     Raises:
         LdmError: any of its kinds; whatever was committed before stays, and the same call does the rest.
@@ -169,7 +175,7 @@ def run(
     def prepare(store: Store) -> Work:
         say = listener.measured if listener else _unheard
         planned = plan(job, limit, extend, partial(measured, address=address, say=say))
-        todo = [(p, shards) for p in planned.plans if (shards := unfinished(store, p))]
+        todo = [(p, shards) for p in planned.plans if (shards := _left(store, p, part))]
         # The longest first, so that at the end of a run nobody waits for one of them.
         todo = [(p, shards.take(np.argsort(-shards.cost, kind="stable"))) for p, shards in todo]
         if join:
@@ -179,7 +185,7 @@ def run(
             listener.planned(planned, todo)
         return Work(todo, {}, planned.models, planned.adapters, planned.num_duplicates, planned.num_gone)
 
-    return _alone(job, prepare, join, takeover, WAIT_OR_HELP, address, listener, grace_s)
+    return _alone(job, prepare, join, takeover, WAIT_OR_HELP, address, listener, grace_s, part)
 
 
 def redo(
@@ -231,15 +237,16 @@ def _alone(
     address: str | None,
     listener: Listener | None,
     grace_s: float | None,
+    part: Slice | None = None,
 ) -> Summary:
     """Do what `prepare` finds, unless another run is at it; `way_out` is what to do then."""
     store = Store(job.sink.path, job.sink.storage_options)
     store.probe()
     run_id = heartbeat.new_run_id()
-    with heartbeat.Heartbeat(store, run_id):
+    with heartbeat.Heartbeat(store, run_id, part):
         try:
-            heartbeat.refuse_if_alive(store, run_id, join, takeover, way_out)
-            summary = _run(job, store, run_id, prepare(store), join, address, listener, grace_s)
+            heartbeat.refuse_if_alive(store, run_id, join, takeover, way_out, part)
+            summary = _run(job, store, run_id, prepare(store), join, address, listener, grace_s, part)
         except BaseException as error:
             # A store that has just been silent for minutes is given seconds, and what went wrong first is told.
             with suppress(LdmError):
@@ -261,6 +268,7 @@ def _run(
     address: str | None,
     listener: Listener | None,
     grace_s: float | None,
+    part: Slice | None,
 ) -> Summary:
     start = time.monotonic()
     done = Done()
@@ -290,13 +298,19 @@ def _run(
         if not stopped and permit.is_over:
             raise RunAlive(f"{store.url}: another run has taken over; it does the rest")
     # Read again: a plan may have been added meanwhile.
-    totals = count(store, read_plans(store))
+    plans = read_plans(store)
+    # Only the last of several slices reads what all of them made.
+    alone = part is not None and any(unfinished(store, p) for p in plans)
+    totals = count(store, plans, part if alone else None)
     if code == EXIT_OK and done.num_left:
         raise NotWhole(
             f"{store.url}: {done.num_left} rows could not be made again ({done.first_error}); they stay as they were, "
             "and `ldm-batch verify --deep` says what of them is lost"
         )
-    if code == EXIT_OK:
+    if code == EXIT_OK and alone:
+        refuse_unfinished(store, totals)
+        code = EXIT_DEAD_LETTERS if totals.num_failed else EXIT_OK
+    elif code == EXIT_OK:
         if job.sink.metadata_jsonl:
             write_metadata(store)
         write_success(store, totals)
@@ -313,7 +327,13 @@ def _run(
         rows_per_s=round(done.num_rows / duration, 3) if done.num_rows else 0.0,
         first_error=done.first_error,
         totals=totals,
+        slice=str(part) if alone else None,
     )
+
+
+def _left(store: Store, plan: Plan, part: Slice | None) -> Shards:
+    left = unfinished(store, plan)
+    return left if part is None else part.take(left)
 
 
 def _execute(

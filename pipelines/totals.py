@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipelines import heartbeat, manifest
 from pipelines.errors import NotWhole
 from pipelines.plans import Plan, read_plans
 from pipelines.shards import Shards
+from pipelines.slices import Slice
 from pipelines.storage import ObjectStore, Store
 
 COUNTED = ("key", "sha256", "status", "num_bytes", "error_type")
@@ -69,19 +70,24 @@ class Counting:
         return self._totals
 
 
-def count(store: ObjectStore, plans: list[Plan]) -> Totals:
-    """Count what every part says, and hold it against the plans.
+def count(store: ObjectStore, plans: list[Plan], part_of: Slice | None = None) -> Totals:
+    """Count what every part says, or every part of a slice, and hold it against the plans.
 
     Raises:
         NotWhole: a part that no plan knows, or one whose rows are not the planned ones.
     """
-    counting = Counting(plans)
+    counting = Counting(plans if part_of is None else [_sliced(plan, part_of) for plan in plans])
     there = manifest.part_names(store)
     # Another run may have added a plan since these were read.
     if unplanned(plans, there) and (strays := unplanned(read_plans(store), there)):
         raise NotWhole(f"{store.uri(min(strays))}: no plan names this part; move it away and run again")
     shards = {plan.plan_id: plan.shards for plan in plans}
-    names = (name for name in there if name.split("/")[1] in shards)
+    names = (
+        name
+        for name in there
+        if name.split("/")[1] in shards
+        and (part_of is None or ((at := manifest.part_place(name)) is not None and part_of.has(at[1])))
+    )
     for path, head, part in manifest.read_parts(store, names):
         place = manifest.part_place(path)
         assert place is not None
@@ -89,6 +95,11 @@ def count(store: ObjectStore, plans: list[Plan]) -> Totals:
             raise NotWhole(f"{store.uri(path)} does not hold the rows that the plan names; move it away and run again")
         counting.add(head, manifest.read_part(part, COUNTED, store.uri(path)))
     return counting.totals()
+
+
+def _sliced(plan: Plan, part_of: Slice) -> Plan:
+    shards = part_of.take(plan.shards)
+    return replace(plan, shards=shards, num_rows=int(shards.num_rows.sum()))
 
 
 def unplanned(plans: list[Plan], names: list[str]) -> list[str]:
@@ -104,16 +115,24 @@ def write_success(store: ObjectStore, totals: Totals) -> None:
     Raises:
         NotWhole: planned rows and manifest rows do not agree.
     """
-    if totals.num_done != totals.num_planned or totals.num_shards_done != totals.num_shards:
-        raise NotWhole(
-            f"{store.url}: {totals.num_planned} rows planned, {totals.num_done} in the manifest "
-            f"({totals.num_shards_done} of {totals.num_shards} shards); `ldm-batch run` does the rest"
-        )
+    refuse_unfinished(store, totals)
     body = asdict(totals)
     said = _said(store.read("_SUCCESS"))
     if any(said.get(name) != value for name, value in body.items()):
         body["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         store.write("_SUCCESS", json.dumps(body, indent=1).encode())
+
+
+def refuse_unfinished(store: ObjectStore, totals: Totals) -> None:
+    """
+    Raises:
+        NotWhole: planned rows and manifest rows do not agree.
+    """
+    if totals.num_done != totals.num_planned or totals.num_shards_done != totals.num_shards:
+        raise NotWhole(
+            f"{store.url}: {totals.num_planned} rows planned, {totals.num_done} in the manifest "
+            f"({totals.num_shards_done} of {totals.num_shards} shards); `ldm-batch run` does the rest"
+        )
 
 
 def _said(data: bytes | None) -> dict[str, Any]:
