@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ldm_ops.describe import ModelFacts
-from pipelines import heartbeat, manifest
+from pipelines import heartbeat, manifest, metrics
 from pipelines.adapters import StageAdapters
 from pipelines.cluster import fit, num_cpus, ray_cluster
 from pipelines.dataset import Rows, dataset, plain_error
@@ -58,8 +58,8 @@ ends with workers that wait for the last of it, and the next loads the model aga
 class Summary:
     """How a run ended. `num_gone` rows were planned before and are not in the table now.
 
-    `rows_per_s` is over the rows that this run committed and its whole time, loading included. With a `slice` the totals
-    are of its own shards, as other slices are not done yet.
+    `rows_per_s` is over the rows that this run committed and its whole time, loading included. With a `slice` the
+    totals are of its own shards, as other slices are not done yet.
     """
 
     run_id: str
@@ -103,12 +103,14 @@ class Done:
     """What this run has committed so far."""
 
     def __init__(self) -> None:
+        self.num_shards = 0
         self.num_rows = 0
         self.num_left = 0
         self.first_error: str | None = None
 
     def add(self, receipt: dict[str, Any]) -> None:
         if receipt["outcome"] == "mine":
+            self.num_shards += 1
             self.num_rows += receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
         self.num_left += receipt["num_left"]
         self.first_error = self.first_error or receipt["first_error"]
@@ -288,6 +290,7 @@ def _run(
                     break
                 for receipt in _execute(store, permit, job, work, one, wave, join, listener):
                     done.add(receipt)
+                    metrics.record("ldm_shards_done", done.num_shards, job=job.name)
                     try:
                         failed.add(receipt)
                     except RunFailed:
@@ -394,10 +397,14 @@ def _execute(
     if listener:
         listener.started()
     cost = dict(zip(todo.indices.tolist(), todo.cost.tolist(), strict=True))
+    num_done = 0
+    metrics.record("ldm_queue_depth", len(todo), job=own.name)
     try:
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for receipt in batch.to_pylist():
                 yield receipt
+                num_done += 1
+                metrics.record("ldm_queue_depth", len(todo) - num_done, job=own.name)
                 if listener:
                     rows = receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
-from pipelines import manifest, shard_file
+from pipelines import manifest, metrics, shard_file
 from pipelines.blocks import KEPT, RESULT_FIELDS, unpack, views
 from pipelines.commit import commit_shard, content_name
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
@@ -120,7 +121,9 @@ class ShardWriter:
             keys_digest=manifest.keys_digest(record["key"] for record in records),
         )
         part = manifest.part_bytes(self._table(shard, records, passed), head)
+        start = time.perf_counter()
         outcome = commit_shard(self.store, puts, path, part, head.attempt, manifest.attempt_of, again=again)
+        metrics.record("ldm_upload_seconds", time.perf_counter() - start)
         made = [row for row in rows if row["status"] != KEPT]
         errors = [f"{r['error_type']}: {r['error_message']}" for r in made if r["status"] == "failed"]
         receipt = {
@@ -131,6 +134,9 @@ class ShardWriter:
             "outcome": outcome,
             "first_error": errors[0] if errors else None,
         }
+        if outcome == "mine":
+            for (status, stage), num in Counter((row["status"], row["stage"] or "") for row in made).items():
+                metrics.record("ldm_rows_total", num, status=status, stage=stage)
         return pa.Table.from_pylist([receipt], schema=RECEIPT)
 
     def _is_there(self, before: dict[str, dict[str, Any]], key: str) -> bool:

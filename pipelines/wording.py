@@ -181,9 +181,7 @@ def summary_text(path: Path, job: Job, summary: Summary) -> str:
         lines.append(f"{summary.num_new_rows} pictures in {summary.duration_s:.1f} s ({summary.rows_per_s:.2f} rows/s)")
     lines.append(f"{out}: {totals_text(totals)}")
     if summary.slice:
-        lines.append(
-            f"these are the shards of slice {summary.slice}; the run that finds all of them done counts the whole"
-        )
+        lines.append(f"these are the shards of slice {summary.slice}; the last slice counts the whole")
     if summary.num_gone:
         lines.append(f"{summary.num_gone} of them were planned before and are not in this table; they stay")
     if summary.first_error:

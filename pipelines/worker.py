@@ -23,6 +23,7 @@ from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, unpack, wit
 from pipelines.heartbeat import Permit
 from pipelines.inputs import BadImage, Loader
 from pipelines.journal import Death, Record, journal_of
+from pipelines.metrics import Busy
 from pipelines.rows import derived_seed
 from pipelines.stages import ROW_PARAMETERS, AnyStage
 from pipelines.weights import Weights, fetch
@@ -106,6 +107,7 @@ class Worker:
         self.safe_size: dict[tuple[Any, ...], int] = {}
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.device_lock = threading.Lock()
+        self.busy = Busy(place.stage.op, self.name)
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         if self.permit is not None and self.permit.is_over:
@@ -188,7 +190,9 @@ class Worker:
             size = 1
         results = make(self.op, self.model, rows, size, watched)
         self.safe_size[bucket] = min(result["batch_size"] for result in results)
-        each = (time.perf_counter() - start) / len(rows)
+        seconds = time.perf_counter() - start
+        self.busy.batch(seconds)
+        each = seconds / len(rows)
         return [{**result, "duration_s": each} for result in results]
 
     def _done(self, before: Row, result: dict[str, Any], row: Row) -> dict[str, Any]:
