@@ -35,9 +35,10 @@ from PIL import Image
 
 from benchmarks.asleep import Asleep, EncodeAsleep, photo, wait
 from pipelines import load_job, plan
-from pipelines.cluster import Fit, ray_cluster
+from pipelines.cluster import ray_cluster
 from pipelines.dataset import dataset
 from pipelines.equipment import encoder_of, plan_models
+from pipelines.fitting import Fit
 from pipelines.heartbeat import Permit
 from pipelines.loading import image_loader
 from pipelines.plans import Plan, job_of

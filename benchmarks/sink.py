@@ -34,7 +34,8 @@ from pyarrow.fs import LocalFileSystem
 from benchmarks.finished import finished
 from benchmarks.pictures import distinct
 from pipelines import manifest, read_manifest, sink
-from pipelines.cluster import TASK_CPUS, ray_cluster
+from pipelines.cluster import ray_cluster
+from pipelines.fitting import TASK_CPUS
 from pipelines.sink import ShardWriter
 
 Pictures = list[NDArray[np.uint8]]

@@ -1,21 +1,17 @@
-"""Ray: start or join a cluster, and fit the pools into it before anything is scheduled."""
+"""Ray: start or join a cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from pipelines.errors import JobError, RunFailed
-from pipelines.stages import Pool
-
-TASK_CPUS = 0.25
-"""CPU share of one task that loads or commits a shard; two of them must always find room beside the workers."""
 
 KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
 """Ray ends a process that has had no task for a second, and starts the next one for 2 s of a core: of shards that come
@@ -23,19 +19,6 @@ every few seconds, a fifth of a small machine (measured, Ray 2.60). A node reads
 
 LOCAL = "local"
 """What Ray calls a cluster that it starts itself."""
-
-MEMORY_SHARE = 0.6
-WORKER_BYTES = 1 << 30
-"""What a worker needs beside its weights: the interpreter, torch, activations of a small batch."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How many workers, and what each of them gets."""
-
-    workers: int
-    num_cpus: float
-    num_gpus: float
 
 
 @contextmanager
@@ -61,16 +44,19 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
+        refuse_other_doors(address, said)
         reach(address, said)
         try:
             with _quiet_stderr():
                 ray.init(
                     address=address,
+                    num_cpus=_cores() if address == LOCAL else None,
                     include_dashboard=False if address == LOCAL else None,
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )
         except Exception as error:  # noqa: BLE001 - Ray raises plain Exceptions, of a node that starts too slowly
+            _refuse_other_versions(str(error), f"{said} {address}")
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             at = f"{said} {address}: " if address != LOCAL else ""
             way_out = "check that it is there, or try without it" if at else "run the same command again"
@@ -97,13 +83,50 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def _cores() -> int | None:
+    """How many cores this process may use, where these are fewer than the machine has, as of a batch system's job."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return mine if 0 < mine < (os.cpu_count() or 0) else None
+
+
+def refuse_other_doors(address: str, said: str = "--address") -> None:
+    """
+    Raises:
+        JobError: Ray Data needs a driver that is a member of the cluster.
+    """
+    if address.startswith("ray://"):
+        raise JobError(
+            f"{said} {address}: Ray Data does not work through a Ray Client; give host:port on a machine of the "
+            "cluster's network, or `ldm-batch submit --address http://head:8265` from anywhere"
+        )
+    if address.startswith(("http://", "https://")):
+        raise JobError(
+            f"{said} {address}: that is a dashboard; `ldm-batch submit --address {address}` sends the job there, "
+            "`run` takes host:port"
+        )
+
+
+def _refuse_other_versions(message: str, where: str) -> None:
+    """
+    Raises:
+        JobError: `message` is Ray's word for a cluster of another version, in which nothing can be unpickled safely.
+    """
+    found = re.findall(r"^\s*(Ray|Python): (\S+)$", message, re.MULTILINE)
+    if "Version mismatch" in message and len(found) == 4:
+        (_, their_ray), (_, their_python), (_, our_ray), (_, our_python) = found
+        raise JobError(
+            f"{where}: that cluster has Ray {their_ray} and Python {their_python}, this machine Ray {our_ray} and "
+            f"Python {our_python}; use the same on both sides, or `ldm-batch submit` to run on the cluster's own"
+        ) from None
+
+
 def reach(address: str, said: str = "--address") -> None:
     """Knock at `host:port` first: Ray itself would wait for minutes.
 
     Raises:
         RunFailed: nobody answers within five seconds.
     """
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
@@ -134,63 +157,3 @@ def quiet_ray_data() -> None:
     context.issue_detectors_config.detectors = []
     # What goes wrong is raised, too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
-def fit(pools: Sequence[tuple[Pool, int]]) -> list[Fit]:
-    """Share the cluster among the stages' pools, given each one's weights in bytes.
-
-    `auto` takes one worker per GPU, else one per core that memory allows; several stages that leave it at that share
-    alike. Pools that all fit at once can never wait for each other.
-
-    Raises:
-        JobError: they do not fit, with the numbers.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    cpus, gpus, memory = total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0)
-    room = cpus - 2 * TASK_CPUS
-    autos = [(pool, size) for pool, size in pools if pool.workers == "auto"]
-    # What the stages with a number of their own leave to those without.
-    gpus_left = gpus - sum(_count(pool) * pool.num_gpus for pool, _ in pools if pool.workers != "auto")
-    cpus_left = cpus - sum(_count(pool) * pool.num_threads for pool, _ in pools if pool.workers != "auto")
-    room_left = room - sum(_count(pool) * (pool.num_cpus or 0) for pool, _ in pools if pool.workers != "auto")
-    on_gpu = sum(1 for pool, _ in autos if pool.num_gpus)
-    on_cpu = len(autos) - on_gpu
-    counts = []
-    for pool, size in pools:
-        if pool.workers != "auto":
-            counts.append(pool.workers)
-        elif pool.num_gpus:
-            counts.append(max(1, int(gpus_left / on_gpu / pool.num_gpus + 1e-6)))
-        else:
-            by_memory = int(memory * MEMORY_SHARE / on_cpu // (2 * size + WORKER_BYTES))
-            share = room_left / on_cpu / pool.num_cpus if pool.num_cpus else cpus_left / on_cpu / pool.num_threads
-            counts.append(max(1, min(int(share), by_memory)))
-    needed_gpus = sum(count * pool.num_gpus for count, (pool, _) in zip(counts, pools, strict=True))
-    if needed_gpus > gpus + 1e-6:
-        what = _list(counts, [f"{pool.num_gpus:g} GPUs" for pool, _ in pools], [pool.num_gpus > 0 for pool, _ in pools])
-        raise JobError(
-            f"{what} need {needed_gpus:g}, the cluster has {gpus:g}; lower workers or num_gpus (a fraction shares a "
-            "GPU, 0 computes on the CPU)"
-        )
-    named = sum(count * pool.num_cpus for count, (pool, _) in zip(counts, pools, strict=True) if pool.num_cpus)
-    unnamed = sum(count for count, (pool, _) in zip(counts, pools, strict=True) if pool.num_cpus is None)
-    each = min(1.0, int((room - named) / unnamed * 100) / 100) if unnamed else 1.0
-    shares = [pool.num_cpus if pool.num_cpus is not None else each for pool, _ in pools]
-    if each < 0.01 or named + unnamed * each > room + 1e-6:
-        what = _list(counts, [f"{max(share, 0.01):g} CPUs" for share in shares], [True] * len(pools))
-        raise JobError(
-            f"{what} do not fit beside {2 * TASK_CPUS:g} for reading and writing; the cluster has {cpus:g}; lower "
-            "workers or num_cpus"
-        )
-    return [Fit(count, share, pool.num_gpus) for count, share, (pool, _) in zip(counts, shares, pools, strict=True)]
-
-
-def _count(pool: Pool) -> int:
-    return 0 if pool.workers == "auto" else pool.workers
-
-
-def _list(counts: list[int], shares: list[str], named: list[bool]) -> str:
-    parts = zip(counts, shares, named, strict=True)
-    return " and ".join(f"stages.{i}: {n} workers × {share}" for i, (n, share, named) in enumerate(parts) if named)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cluster import TASK_CPUS, Fit
 from pipelines.errors import LdmError, RunFailed, told_by
+from pipelines.fitting import TASK_CPUS, Fit
 from pipelines.journal import MOST_DEATHS_PER_ROW
 from pipelines.loading import LoadShard, place
 from pipelines.shards import Shards
@@ -86,7 +86,10 @@ def dataset(
                 fn_constructor_kwargs=own,
                 # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
                 compute=ray.data.ActorPoolStrategy(
-                    size=pool.workers,
+                    # Fixed, as far as all fit at once: pools that grow starve each other. What a node brings that
+                    # joins later is nobody's.
+                    min_size=pool.workers,
+                    max_size=max(pool.workers, pool.most),
                     max_tasks_in_flight_per_actor=CALLS_PER_WORKER,
                     max_concurrent_calls_per_actor=CALLS_PER_WORKER,
                     # Ray's own lock would be around the whole call, and the device wait while results are packed.
@@ -94,6 +97,7 @@ def dataset(
                 ),
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
+                label_selector=dict(pool.labels) or None,
                 max_restarts=deaths,
                 max_task_retries=deaths,
             )

@@ -19,7 +19,7 @@ import numpy as np
 from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest, metrics
 from pipelines.adapters import StageAdapters
-from pipelines.cluster import fit, num_cpus, ray_cluster
+from pipelines.cluster import num_cpus, ray_cluster
 from pipelines.dataset import Rows, dataset, plain_error
 from pipelines.equipment import encoder_of, plan_adapters, plan_models, signer
 from pipelines.errors import (
@@ -30,6 +30,7 @@ from pipelines.errors import (
     RunAlive,
     RunFailed,
 )
+from pipelines.fitting import fit
 from pipelines.image_folder import write_metadata
 from pipelines.job import Job
 from pipelines.journal import forget
@@ -371,7 +372,7 @@ def _execute(
         if not pools[i].num_gpus and op.device == "auto":
             # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
             op = op.model_copy(update={"device": "cpu"})
-        pool = replace(pools[i], workers=min(pools[i].workers, len(todo)))
+        pool = replace(pools[i], workers=min(pools[i].workers, len(todo)), most=min(pools[i].most, len(todo)))
         stages.append((pool, (place, op, weights, permit)))
     first = models[0][0]
     receipts = dataset(
@@ -416,7 +417,7 @@ def _unheard(text: str) -> None:
     """What nobody listens to."""
 
 
-OF_NOW = ("workers", "num_gpus", "num_cpus", "batch_timeout_s")
+OF_NOW = ("workers", "num_gpus", "num_cpus", "accelerator_type", "labels", "batch_timeout_s")
 
 
 def pool_stages(own: Job, job: Job) -> list[AnyStage]:

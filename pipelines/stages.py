@@ -43,6 +43,28 @@ Resize = Literal["exact", "fit", "fill", "nearest_multiple"]
 ImageDecoding = Literal["exact", "draft"]
 
 
+class Range(BaseModel):
+    """As many as fit when a run begins, and more should nodes join."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(1, ge=1, le=100_000, description="fewer than these are refused")
+    max: int = Field(ge=1, le=100_000, description="the most that are started")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,126}$")]
+LabelValue = Annotated[
+    str, StringConstraints(pattern=r"^!?([A-Za-z0-9][A-Za-z0-9._-]{0,62}|in\([A-Za-z0-9._, -]{1,500}\))$")
+]
+Workers = Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] | Range
+
+
 class Pool(BaseModel):
     """How a stage is spread over the cluster.
 
@@ -54,11 +76,19 @@ class Pool(BaseModel):
         description="rows of one device call: a number; auto measures what is fastest; {px: rows} where pictures of up "
         "to so many pixels take so many",
     )
-    workers: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
-        "auto", description="processes that hold the model; auto is one per GPU, or per CPU core where num_gpus is 0"
+    workers: Workers = Field(
+        "auto",
+        description="processes that hold the model; auto is one per GPU, or per CPU core where num_gpus is 0; {min, "
+        "max} starts as many as fit, and more on nodes that join",
     )
     num_gpus: float = Field(0, ge=0, le=64, description="GPUs of one worker; a fraction shares one")
     num_cpus: float | None = Field(None, gt=0, description="CPU share of one worker; fitted to the machine if left out")
+    accelerator_type: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = Field(
+        None, description="GPUs that the workers need, by Ray's name: T4, L4, A100, H100, H200"
+    )
+    labels: dict[Label, LabelValue] = Field(
+        default_factory=dict, description="labels that a node must have for the workers, as of `ray start --labels`"
+    )
     num_threads: int = Field(
         1, ge=1, le=1024, description="torch threads of one worker; more workers beat more threads while memory lasts"
     )
@@ -72,6 +102,14 @@ class Pool(BaseModel):
     keep: bool = Field(False, description="of a stage that is not the last: write its pictures too")
 
     op_class: ClassVar[type[Op]]
+
+    @model_validator(mode="after")
+    def _gpus(self) -> Pool:
+        if self.accelerator_type is not None and not self.num_gpus:
+            raise ValueError("accelerator_type without num_gpus; give num_gpus, or leave it out")
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus {self.num_gpus:g}: only less than one GPU can be shared; give a whole number")
+        return self
 
     def bare(self) -> Op:
         """The op without its pool."""
