@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.cluster import KEEP_IDLE
+from pipelines.fitting import TYPE_LABEL
 
 STORE_BYTES = 100 << 20
 
@@ -32,12 +33,15 @@ class Nodes:
 
 
 @contextmanager
-def nodes(num: int = 3, cpus: int = 2) -> Iterator[Nodes]:
-    """A cluster of `num` nodes with so many CPUs each."""
+def nodes(num: int = 3, cpus: int = 2, accelerator: str = "") -> Iterator[Nodes]:
+    """A cluster of `num` nodes with so many CPUs each.
+
+    With an `accelerator` the head has neither CPU nor GPU, the second node a GPU of that name, as far as Ray can tell.
+    """
     environ = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_BACKEND_LOG_LEVEL": "fatal"}
     environ |= dict([KEEP_IDLE])
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.nodes", str(num), str(cpus)],
+        [sys.executable, "-m", "tests.faults.nodes", str(num), str(cpus), accelerator],
         env={**os.environ, **environ},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -63,8 +67,10 @@ def nodes(num: int = 3, cpus: int = 2) -> Iterator[Nodes]:
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    num, cpus = map(int, sys.argv[1:])
-    here: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": STORE_BYTES}
+    num, cpus, accelerator = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    here: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 0, "object_store_memory": STORE_BYTES}
+    with_gpu = {**here, "num_gpus": 1, "labels": {TYPE_LABEL: accelerator}} if accelerator else here
+    head = {**here, "num_cpus": 0} if accelerator else here
     # A raylet's death is noticed within two seconds, or every kill would cost half a minute of waiting.
     quick = {
         "health_check_initial_delay_ms": 2000,
@@ -73,19 +79,20 @@ def main() -> None:
         "health_check_failure_threshold": 3,
     }
     cluster = Cluster(
-        initialize_head=True, head_node_args={**here, "include_dashboard": False, "_system_config": quick}
+        initialize_head=True, head_node_args={**head, "include_dashboard": False, "_system_config": quick}
     )
-    others = [cluster.add_node(wait=False, **here) for _ in range(num - 1)]
+    kinds = [with_gpu, *[here] * (num - 2)]
+    others = [(cluster.add_node(wait=False, **kind), kind) for kind in kinds]
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)  # noqa: T201
     over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     while not over.wait(1.0):
-        for node in [node for node in others if not node.live_processes() or _is_dead(node)]:
-            others.remove(node)
+        for node, kind in [(node, kind) for node, kind in others if not node.live_processes() or _is_dead(node)]:
+            others.remove((node, kind))
             node.kill_all_processes(check_alive=False, allow_graceful=False)
             time.sleep(1)
-            others.append(cluster.add_node(wait=False, **here))
+            others.append((cluster.add_node(wait=False, **kind), kind))
     cluster.shutdown()
 
 
