@@ -28,6 +28,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     A cluster that somebody else runs on this machine, whose address Ray would find in its temporary folder, is joined
     by `auto` only.
     """
+    named = address
     said = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -44,8 +45,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
-        refuse_other_doors(address, said)
-        reach(address, said)
+        knock(named)
         try:
             with _quiet_stderr():
                 ray.init(
@@ -67,6 +67,21 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def knock(address: str | None) -> None:
+    """Look whether `ray_cluster` would find a cluster, before anybody has waited for a plan.
+
+    Raises:
+        JobError: what stands at `address` is none that a driver could be a member of.
+        RunFailed: nobody answers.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
+    said = "--address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    refuse_other_doors(address, said)
+    reach(address, said)
 
 
 @contextmanager

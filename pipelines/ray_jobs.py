@@ -114,6 +114,8 @@ class RayJobs:
             while not (status := self.client.get_job_status(helper)).is_terminal() and time.monotonic() < until:
                 time.sleep(0.1)
             if status != "SUCCEEDED":
+                # It may have ended by itself meanwhile.
+                self._alive(id)
                 raise RunFailed(f"{self.address}: {one.id} could not be told to stop; `ldm-batch cancel` ends it")
             self.client.delete_job(helper)
 

@@ -19,7 +19,7 @@ import numpy as np
 from ldm_ops.describe import ModelFacts
 from pipelines import heartbeat, manifest, metrics
 from pipelines.adapters import StageAdapters
-from pipelines.cluster import num_cpus, ray_cluster
+from pipelines.cluster import knock, num_cpus, ray_cluster
 from pipelines.dataset import Rows, dataset, plain_error
 from pipelines.equipment import encoder_of, plan_adapters, plan_models, signer
 from pipelines.errors import (
@@ -243,6 +243,7 @@ def _alone(
     part: Slice | None = None,
 ) -> Summary:
     """Do what `prepare` finds, unless another run is at it; `way_out` is what to do then."""
+    knock(address)
     store = Store(job.sink.path, job.sink.storage_options)
     store.probe()
     run_id = heartbeat.new_run_id()
