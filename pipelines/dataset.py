@@ -79,7 +79,8 @@ def dataset(
             # A class of its own per stage, or Ray's dashboard calls all of them by the same name.
             own = {} if brings or at.index else {"load": load}
             worker_class = type(f"{at.stage.op.title()}{at.index or ''}", (Reader if own else Worker,), {})
-            shards = shards.map_batches(
+            # The public method refuses whole blocks together with GPUs (Ray 2.60); this is what it calls itself.
+            shards = shards.map_batches_internal(
                 worker_class,
                 **shape,
                 fn_constructor_args=(*arguments, journal),
