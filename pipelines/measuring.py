@@ -23,9 +23,10 @@ from ldm_ops.describe import ModelFacts
 from ldm_ops.device import free_memory
 from pipelines.adapters import StageAdapters
 from pipelines.batch_size import BatchSize, pixels_of
-from pipelines.cluster import TASK_CPUS, ray_cluster
+from pipelines.cluster import ray_cluster
 from pipelines.dataset import plain_error
 from pipelines.errors import JobError
+from pipelines.fitting import TASK_CPUS, fit, selector
 from pipelines.inputs import BadImage
 from pipelines.job import Job, digest
 from pipelines.loading import LoadShard, image_loader
@@ -173,7 +174,11 @@ def _stage(
     op = stage.bare()
     if not stage.num_gpus and op.device == "auto":
         op = op.model_copy(update={"device": "cpu"})
-    resources = {"num_gpus": stage.num_gpus, "num_cpus": stage.num_cpus or TASK_CPUS}
+    # Ray would wait for a node that can never come.
+    fit([(stage, weights.num_bytes)])
+    resources: dict[str, Any] = {"num_gpus": stage.num_gpus, "num_cpus": stage.num_cpus or TASK_CPUS}
+    if labels := selector(stage):
+        resources["label_selector"] = labels
     start = ray.remote(Timer).options(max_restarts=0, **resources)
     timer = start.remote(place, op, weights)
     sizes: dict[int, int] = {}
