@@ -167,8 +167,5 @@ def quiet_ray_data() -> None:
     # A block that Ray splits would be committed as two halves of a shard.
     context.target_max_block_size = None
     context.max_errored_blocks = 0
-    # A thread for every task that sums up its process's memory, for a statistic that nobody reads.
-    context.memory_usage_poll_interval_s = None
-    context.issue_detectors_config.detectors = []
     # What goes wrong is raised, too.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

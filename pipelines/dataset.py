@@ -87,10 +87,7 @@ def dataset(
                 fn_constructor_kwargs=own,
                 # No more shards on a worker than it computes and holds ready, or the last ones wait for the busiest.
                 compute=ray.data.ActorPoolStrategy(
-                    # Fixed, as far as all fit at once: pools that grow starve each other. What a node brings that
-                    # joins later is nobody's.
-                    min_size=pool.workers,
-                    max_size=max(pool.workers, pool.most),
+                    size=pool.workers,
                     max_tasks_in_flight_per_actor=CALLS_PER_WORKER,
                     max_concurrent_calls_per_actor=CALLS_PER_WORKER,
                     # Ray's own lock would be around the whole call, and the device wait while results are packed.

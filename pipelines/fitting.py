@@ -34,12 +34,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Fit:
-    """How many workers, and what each of them gets; up to `most` of them, should nodes join that have room."""
+    """How many workers, what each of them gets, and the labels that its node must have."""
 
     workers: int
     num_cpus: float
     num_gpus: float
-    most: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,7 +85,7 @@ def arrange(pools: Sequence[tuple[Pool, int]], nodes: Sequence[Node]) -> list[Fi
     if shares is None:
         raise _unfit(pools, counts, nodes)
     return [
-        Fit(count, share, pool.num_gpus, max(count, _highest(pool.workers, count)), labels)
+        Fit(count, share, pool.num_gpus, labels)
         for count, share, (pool, _), labels in zip(counts, shares, pools, wanted, strict=True)
     ]
 
@@ -112,10 +111,6 @@ def _lowest(workers: Workers) -> int:
     if workers == "auto":
         return 1
     return workers if isinstance(workers, int) else workers.min
-
-
-def _highest(workers: Workers, count: int) -> int:
-    return workers.max if not isinstance(workers, int | str) else count
 
 
 def _refuse_homeless(i: int, pool: Pool, wanted: dict[str, str], where: list[Node], nodes: Sequence[Node]) -> None:
@@ -198,10 +193,7 @@ def _shares(
 
     if all(pool.num_cpus is not None for pool, _ in pools):
         return given(1.0) if goes_in(1.0) else None
-    # Where a pool may grow it is to grow on new nodes, not into what the tasks need on these.
-    grows = any(not isinstance(pool.workers, int | str) and not pool.num_gpus for pool, _ in pools)
-    most = max((node.cpus for node in nodes), default=1.0) if grows else 1.0
-    low, high = 0, int(most * 100) + 1
+    low, high = 0, 101
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if goes_in(middle / 100) else (low, middle)

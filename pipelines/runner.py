@@ -373,7 +373,7 @@ def _execute(
         if not pools[i].num_gpus and op.device == "auto":
             # Ray hides no GPU from a worker that asked for none; it must not take one all the same.
             op = op.model_copy(update={"device": "cpu"})
-        pool = replace(pools[i], workers=min(pools[i].workers, len(todo)), most=min(pools[i].most, len(todo)))
+        pool = replace(pools[i], workers=min(pools[i].workers, len(todo)))
         stages.append((pool, (place, op, weights, permit)))
     first = models[0][0]
     receipts = dataset(

@@ -44,7 +44,7 @@ ImageDecoding = Literal["exact", "draft"]
 
 
 class Range(BaseModel):
-    """As many as fit when a run begins, and more should nodes join."""
+    """As many as fit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,7 +79,7 @@ class Pool(BaseModel):
     workers: Workers = Field(
         "auto",
         description="processes that hold the model; auto is one per GPU, or per CPU core where num_gpus is 0; {min, "
-        "max} starts as many as fit, and more on nodes that join",
+        "max} takes as many as fit",
     )
     num_gpus: float = Field(0, ge=0, le=64, description="GPUs of one worker; a fraction shares one")
     num_cpus: float | None = Field(None, gt=0, description="CPU share of one worker; fitted to the machine if left out")

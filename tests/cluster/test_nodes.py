@@ -15,13 +15,13 @@ from tests.faults.outside import Seen, look
 from tests.faults.processes import Process, family, kill
 from tests.faults.soak import finish, start, write_job
 
-ROWS = 40
+ROWS, STEPS = 30, 20
 
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_session: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("undisturbed")
-    output = write_job(folder, tiny_model, str(folder / "out"), {}, ROWS, workers=1)
+    output = write_job(folder, tiny_model, str(folder / "out"), {}, ROWS, STEPS, workers=1)
     assert run(pipelines.load_job(output.job)).exit_code == 0
     return look(output.path)
 
@@ -35,12 +35,17 @@ def until(seconds: float, ask: Any) -> Any:
     return found
 
 
-def test_a_pool_grows_onto_a_node_that_joins_and_outlives_the_one_it_began_on(
+def test_a_pool_follows_its_gpu_from_a_node_that_dies_to_one_that_joins(
     tiny_model: Path, tmp_path: Path, undisturbed: Seen
 ) -> None:
     folder = tmp_path / "out"
-    pool: dict[str, Any] = {"num_gpus": 1, "device": "cpu", "accelerator_type": "H200", "workers": {"min": 1, "max": 2}}
-    stage = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": 12, "batch_size": 2, **pool}
+    pool: dict[str, Any] = {
+        "num_gpus": 0.5,
+        "device": "cpu",
+        "accelerator_type": "H200",
+        "workers": {"min": 1, "max": 3},
+    }
+    stage = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": STEPS, "batch_size": 2, **pool}
     output = write_job(tmp_path, tiny_model, f"file://{folder}", {}, ROWS, stages=[stage])
     # The head has neither CPU nor GPU, the second node a GPU, the third none.
     with nodes(3, accelerator="H200") as cluster:
@@ -59,9 +64,9 @@ def test_a_pool_grows_onto_a_node_that_joins_and_outlives_the_one_it_began_on(
         until(100, lambda: list(folder.glob("manifest/*/*.parquet")))
         before = homes()
         [first] = [raylet for raylet, workers in before.items() if workers]
-        cluster.add()
-        joined = until(100, lambda: [raylet for raylet, workers in homes().items() if workers and raylet not in before])
+        # Another of its kind takes its place.
         assert kill(next(process for process in family(cluster.pid) if process.pid == first))
+        joined = until(100, lambda: [raylet for raylet, workers in homes().items() if workers and raylet not in before])
         code, said = finish(running, 150)
     assert (len(joined), code, said.get("num_new_rows")) == (1, 0, ROWS), said
     assert look(output.path).differences(undisturbed) == []

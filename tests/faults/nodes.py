@@ -1,13 +1,12 @@
 """A Ray cluster of several nodes on this machine, in a process of its own.
 
 `python -m tests.faults.nodes NUM` starts it, prints its address, and puts a new node in the place of each whose raylet
-has died, until its standard input ends; a line there adds a node like the second one.
+has died, until its standard input ends.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import secrets
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from pipelines.cluster import KEEP_IDLE
 from pipelines.fitting import TYPE_LABEL
@@ -31,12 +30,6 @@ class Nodes:
     pid: int
     address: str
     environ: dict[str, str]
-    stdin: IO[str]
-
-    def add(self) -> None:
-        """One node more, like the second one."""
-        self.stdin.write("add\n")
-        self.stdin.flush()
 
 
 @contextmanager
@@ -62,7 +55,7 @@ def nodes(num: int = 3, cpus: int = 2, accelerator: str = "") -> Iterator[Nodes]
         address = process.stdout.readline().strip()
         if not address:
             raise RuntimeError("the cluster did not start")
-        yield Nodes(process.pid, address, environ, process.stdin)
+        yield Nodes(process.pid, address, environ)
     finally:
         process.stdin.close()
         try:
@@ -93,17 +86,8 @@ def main() -> None:
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)  # noqa: T201
     over = threading.Event()
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            asked.put(line)
-        over.set()
-
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     while not over.wait(1.0):
-        if not asked.empty() and asked.get():
-            others.append((cluster.add_node(wait=False, **with_gpu), with_gpu))
         for node, kind in [(node, kind) for node, kind in others if not node.live_processes() or _is_dead(node)]:
             others.remove((node, kind))
             node.kill_all_processes(check_alive=False, allow_graceful=False)
