@@ -45,6 +45,7 @@ def test_a_pool_follows_its_gpu_from_a_node_that_dies_to_one_that_joins(
         "accelerator_type": "H200",
         "workers": {"min": 1, "max": 3},
     }
+    pool["workers"] = {"min": 1, "max": 3}
     stage = {"op": "txt2img", "model": str(tiny_model), "num_inference_steps": STEPS, "batch_size": 2, **pool}
     output = write_job(tmp_path, tiny_model, f"file://{folder}", {}, ROWS, stages=[stage])
     # The head has neither CPU nor GPU, the second node a GPU, the third none.
