@@ -145,6 +145,10 @@ def run(
     slice_: Slice = None,
     address: Address = None,
     grace: Grace = None,
+    dead_letters_ok: Annotated[
+        bool,
+        typer.Option("--dead-letters-ok", help="Exit with 0 too where rows failed, for what would start it all again."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Do what is left of the job. The same command again resumes; when nothing is left it says so."""
@@ -163,7 +167,8 @@ def run(
         from dataclasses import asdict
 
         emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary))
-        raise typer.Exit(summary.exit_code)
+        done = dead_letters_ok and summary.exit_code == EXIT_DEAD_LETTERS
+        raise typer.Exit(0 if done else summary.exit_code)
 
 
 @app.command()
