@@ -159,7 +159,9 @@ class Cluster(Part):
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if SECRET_NAME.search(name):
-                raise ValueError(f"the variable {name} looks like a secret; put it into a Secret and name that in secrets")
+                raise ValueError(
+                    f"the variable {name} looks like a secret; put it into a Secret and name that in secrets"
+                )
         return value
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ class _Here(dict[str, str]):
 
 
 def manifests(job: Job, parcel: Parcel, name: str | None = None) -> list[Manifest]:
-    """All that `kubectl apply -f` needs, in order: the ConfigMap, then the RayJob; `name` is the parcel's id if left out.
+    """All that `kubectl apply -f` needs: the ConfigMap, then the RayJob; `name` is the parcel's id if left out.
 
     Raises:
         JobError: the cluster section does not say enough, or something cannot travel or be reached from a pod.
@@ -291,15 +291,25 @@ def _head(cluster: Cluster, volumes: list[Manifest], mounts: list[Manifest], id:
     container = _ray_container(cluster, "ray-head", cluster.head, mounts, {SUBMISSION: id})
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
     container["ports"] += [{"containerPort": port, "name": of} for of, port in ports.items()]
-    kinds = {group.spot for group in cluster.workers if group.spot}
+    kinds = spot_kinds(cluster)
     template = _pod(cluster, cluster.head, container, [*volumes, _shm(cluster.head)], kinds, talks=grows)
     return {"rayStartParams": start, "template": _scraped(template)}
 
 
+def spot_kinds(cluster: Cluster) -> set[str]:
+    """Of the nodes that head and submitter keep off: they hold what an attempt cannot go on without."""
+    return {group.spot for group in cluster.workers if group.spot}
+
+
+def gpus_of(job: Job, group: Workers) -> int:
+    """GPUs of one pod of a group: those named, else what the stages' workers need."""
+    return group.gpus if group.gpus is not None else math.ceil(max(stage.num_gpus for stage in job.stages))
+
+
 def _workers(job: Job, group: Workers, volumes: list[Manifest], mounts: list[Manifest]) -> Manifest:
-    gpus = group.gpus if group.gpus is not None else math.ceil(max(stage.num_gpus for stage in job.stages))
+    gpus = gpus_of(job, group)
     selector, tolerations = dict(group.node_selector), list(group.tolerations)
-    taints = [(group.gpu_resource, None)] if gpus else []
+    taints: list[tuple[str, str | None]] = [(group.gpu_resource, None)] if gpus else []
     if group.spot:
         label, value, tainted = SPOT[group.spot]
         selector = {label: value, **selector}
@@ -336,7 +346,7 @@ def _autoscaler() -> Manifest:
 def _submitter(cluster: Cluster) -> Manifest:
     """The pod that asks the head to run the job and follows its log; it holds no secret."""
     container = _container(cluster, "ray-job-submitter", {"cpu": "500m", "memory": "1Gi"})
-    kinds = {group.spot for group in cluster.workers if group.spot}
+    kinds = spot_kinds(cluster)
     template = _pod(cluster, cluster.head, container, [], kinds, talks=False)
     template["spec"]["terminationGracePeriodSeconds"] = 30
     return template

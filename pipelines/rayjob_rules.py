@@ -1,7 +1,7 @@
 """What KubeRay's operator, Kueue and the API server refuse of a RayJob beyond its schema.
 
-KubeRay 1.7: `ray-operator/controllers/ray/utils/validation.go`, and the CEL rules of its CRD. A RayJob that the operator
-refuses is created all the same and then stays at ValidationFailed, so it is found here, before anything is sent.
+KubeRay 1.7: `ray-operator/controllers/ray/utils/validation.go`, and the CEL rules of its CRD. A RayJob that the
+operator refuses is created all the same and stays at ValidationFailed; so it is found here, before anything is sent.
 """
 
 from __future__ import annotations
@@ -189,7 +189,9 @@ def _cluster(manifest: Manifest, spec: Manifest) -> Iterator[str]:
             yield f"{where}.template.spec.containers: at least one container is needed"
             return
         started = group.get("rayStartParams", {})
-        if group.get("resources") and any(started.get(name) for name in ("num-cpus", "num-gpus", "memory", "resources")):
+        if group.get("resources") and any(
+            started.get(name) for name in ("num-cpus", "num-gpus", "memory", "resources")
+        ):
             yield f"{where}: resources are given in rayStartParams too; keep one of them"
         if "labels" in started:
             yield f"{where}.rayStartParams.labels: not supported; use {where}.labels"
@@ -254,7 +256,9 @@ def _auth(at: str, cluster: Manifest, version: tuple[int, ...] | None) -> Iterat
         yield f"{at}.mode: token needs rayVersion 2.52 or newer; got {cluster.get('rayVersion', 'none')!r}"
 
 
-def _fault_tolerance(at: str, cluster: Manifest, annotations: dict[str, str], head_env: dict[str, str]) -> Iterator[str]:
+def _fault_tolerance(
+    at: str, cluster: Manifest, annotations: dict[str, str], head_env: dict[str, str]
+) -> Iterator[str]:
     options = cluster.get("gcsFaultToleranceOptions")
     started = cluster["headGroupSpec"].get("rayStartParams", {})
     said = annotations.get("ray.io/ft-enabled", "")
