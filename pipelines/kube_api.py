@@ -7,13 +7,16 @@ JSON, so that a server of any version is understood.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from pipelines.errors import JobError, LdmError
 
+POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT_S = (10.0, 60.0)
 """To connect, and between two pieces of an answer."""
 
@@ -43,25 +46,28 @@ class KubeApi:
             raise JobError("--kube needs Kubernetes' client; install the extra: pip install 'ldm-batch[k8s]'") from None
         self.said = f"--context {context}" if context else "--kube"
         self.settings: Any = client.Configuration()
+        # The client itself looks at the variable once, when it is imported.
+        file = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
         try:
-            contexts, current = config.list_kube_config_contexts()
+            contexts, current = config.list_kube_config_contexts(file)
             known = {one["name"]: one for one in contexts}
             chosen = known.get(context) if context else current
             if chosen is None:
                 raise JobError(f"--context {context}: no such context; the kubeconfig has {', '.join(known) or 'none'}")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                config.load_kube_config(context=context, client_configuration=self.settings)
+                config.load_kube_config(file, context, client_configuration=self.settings)
             self.namespace: str = chosen["context"].get("namespace") or "default"
-        except config.ConfigException as error:
+        except JobError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a kubeconfig can be wrong in every way, and the client checks none
             try:
-                if context:
+                if context or not isinstance(error, config.ConfigException):
                     raise config.ConfigException(str(error))
                 config.load_incluster_config(client_configuration=self.settings)
-                with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace", encoding="utf-8") as file:  # noqa: PTH123
-                    self.namespace = file.read().strip()
+                self.namespace = POD_NAMESPACE.read_text(encoding="utf-8").strip()
             except (config.ConfigException, OSError):
-                reason = str(error).splitlines()[0][:200]
+                reason = " ".join(str(error).split())[:200]
                 raise JobError(
                     f"{self.said}: no cluster to be found ({reason}); set KUBECONFIG, or log in with your cloud's tool"
                 ) from None
@@ -150,6 +156,7 @@ class KubeApi:
                 headers[auth["key"]] = auth["value"]
         again = urllib3.Retry(
             total=3,
+            connect=1,
             backoff_factor=0.3,
             status_forcelist=(429, 502, 503, 504),
             allowed_methods={"GET"},

@@ -15,6 +15,8 @@ RAY = "ray.io/v1"
 NEEDED = "preRunningDeadlineSeconds"
 """A field of a RayJob that came with KubeRay 1.7."""
 
+INSTALL = "KubeRay is not installed, or older than 1.0; install its operator, 1.7 or newer"
+
 RIGHTS = (
     ("ray.io", "rayjobs", "", ("create", "get", "list", "patch", "delete")),
     ("", "configmaps", "", ("create", "get", "patch", "delete")),
@@ -46,7 +48,7 @@ def _kuberay(api: KubeApi) -> Iterator[Finding]:
     group = api.find("/apis/ray.io")
     versions = [one["version"] for one in (group or {}).get("versions", [])]
     if not versions:
-        yield Finding("KubeRay", "broken", "not installed: there is no API ray.io; install its operator, 1.7 or newer")
+        yield Finding("KubeRay", "broken", f"there is no API ray.io; {INSTALL}")
         return
     resources = (
         {one["name"] for one in (api.find(f"/apis/{RAY}") or {}).get("resources", [])} if "v1" in versions else ()

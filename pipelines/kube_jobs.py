@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.backend import ENDED, Parcel, Phase, Submission, numbered
 from pipelines.errors import JobError, LdmError
 from pipelines.kube_api import KubeApi, Refused, place
-from pipelines.kube_checks import RAY, broken, findings, kueue
+from pipelines.kube_checks import INSTALL, RAY, broken, findings, kueue
 from pipelines.rayjob import ID_LABEL, MANAGED, config_map, job_of, rayjob
 from pipelines.rayjob_rules import QUEUE_LABEL, violations
 
@@ -55,15 +56,15 @@ class KubeJobs:
             raise JobError("\n".join(f"RayJob {name}: {line}" for line in lines[:MAX_LINES]))
         if lacking := broken(findings(self.api, self.namespace, job)):
             raise JobError("\n".join(f"{self.api.said}: {one.name}: {one.text}" for one in lacking[:MAX_LINES]))
-        # Quotas and other people's webhooks have a say, too.
-        self._create(manifest, dryRun="All")
-        self._send_files(files)
         try:
+            # Quotas and other people's webhooks have a say, too.
+            self._create(manifest, dryRun="All")
+            self._send_files(files)
             made = self._create(manifest)
         except Refused as refused:
             there = self.api.find(self._place(name))
             if there is None:
-                self.api.delete(place(self.namespace, "configmaps", name))
+                self._take_back(files)
                 raise
             if refused.status == 409:
                 return self._submission(there), False
@@ -83,8 +84,7 @@ class KubeJobs:
         return one
 
     def list(self) -> Submissions:
-        found = self.api.items(place(self.namespace, "rayjobs", group=RAY), OURS)
-        return sorted(map(self._submission, found), key=lambda one: one.created_at)
+        return sorted(map(self._submission, self._rayjobs(OURS)), key=lambda one: one.created_at)
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         """What the driver says, one attempt after the other: the log of the pod that submits it."""
@@ -98,20 +98,23 @@ class KubeJobs:
                 if refused.status != 404 or not shown:
                     raise
                 return
+            was_quiet = True
             for pod in self._submitters(name):
                 uid, phase = pod["metadata"]["uid"], pod.get("status", {}).get("phase")
                 if phase == "Pending" or shown.get(uid, 0) < 0:
                     continue
+                shown.setdefault(uid, 0)
                 for i, line in enumerate(self._log(pod, follow)):
                     # What broke off is read again from its beginning.
-                    if i >= shown.get(uid, 0):
-                        shown[uid] = i + 1
+                    if i >= shown[uid]:
+                        shown[uid], was_quiet = i + 1, False
                         yield line
                 if phase in ("Succeeded", "Failed"):
                     shown[uid] = -1
             if over or not follow:
                 break
-            time.sleep(POLL_S)
+            if was_quiet:
+                time.sleep(POLL_S)
         if not shown and over:
             raise JobError(
                 f"{id}: its pods are gone, and their logs with them; collect them in the cluster, or see the output"
@@ -171,12 +174,27 @@ class KubeJobs:
             self.api.delete(place(self.namespace, "configmaps", name))
             self.api.create(at, files)
 
+    def _take_back(self, files: Manifest) -> None:
+        """Of a submission that was refused; what is nobody's else stays, as it may be another submission's."""
+        at = place(self.namespace, "configmaps", files["metadata"]["name"])
+        with suppress(Refused):
+            if (there := self.api.find(at)) is not None and not there["metadata"].get("ownerReferences"):
+                self.api.delete(at)
+
     def _place(self, name: str) -> str:
         return place(self.namespace, "rayjobs", name, RAY)
 
+    def _rayjobs(self, selector: str) -> Manifests:
+        try:
+            return self.api.items(place(self.namespace, "rayjobs", group=RAY), selector)
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            raise LdmError(f"{self.api.said}: there is no {RAY} here; {INSTALL}") from None
+
     def _all(self, id: str) -> Manifests:
         """All that was ever submitted under this id and is still there, the last one last."""
-        found = self.api.items(place(self.namespace, "rayjobs", group=RAY), f"{OURS},{ID_LABEL}={id}")
+        found = self._rayjobs(f"{OURS},{ID_LABEL}={id}")
         return sorted(found, key=lambda one: (len(one["metadata"]["name"]), one["metadata"]["name"]))
 
     def _find(self, id: str) -> Manifest:
