@@ -23,6 +23,7 @@ import yaml
 from aiohttp import web
 
 from pipelines.rayjob_schema import misfits, versions
+from tests.kube.certificate import write_certificate
 from tests.stores import free_port
 
 Object = dict[str, Any]
@@ -400,8 +401,10 @@ class FakeKube:
                 await asyncio.sleep(0.02)
 
     @contextmanager
-    def serve(self) -> Iterator[FakeKube]:
-        """Answer on a port of this machine, in a thread."""
+    def serve(self, folder: Path) -> Iterator[FakeKube]:
+        """Answer on a port of this machine, in a thread; kubectl sends no token where there is no TLS."""
+        self.certificate = folder / "kube.pem"
+        context = write_certificate(self.certificate)
         loop, started, port = asyncio.new_event_loop(), threading.Event(), free_port()
 
         async def start() -> web.AppRunner:
@@ -409,7 +412,7 @@ class FakeKube:
             app.router.add_route("*", "/{path:.*}", self.handle)
             runner = web.AppRunner(app, shutdown_timeout=0.2)
             await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", port).start()
+            await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
             return runner
 
         def work() -> None:
@@ -421,7 +424,7 @@ class FakeKube:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         assert started.wait(10)
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"https://127.0.0.1:{port}"
         try:
             yield self
         finally:
@@ -435,7 +438,9 @@ class FakeKube:
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "fake",
-            "clusters": [{"name": "fake", "cluster": {"server": self.url}}],
+            "clusters": [
+                {"name": "fake", "cluster": {"server": self.url, "certificate-authority": str(self.certificate)}}
+            ],
             "users": [{"name": "ann", "user": {"token": token or self.token}}],
             "contexts": [{"name": "fake", "context": context}],
         }

@@ -29,7 +29,7 @@ echo "ends with $code"; exit $code
 
 @pytest.fixture
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKube]:
-    with FakeKube().serve() as server:
+    with FakeKube().serve(tmp_path) as server:
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "kubeconfig")))
         yield server
 

@@ -1,4 +1,4 @@
-"""A job from `submit` to its last picture on a fake Kubernetes, while one of its clusters is killed; its Ray is real."""
+"""A job from `submit` to its last picture on a fake Kubernetes, while one of its clusters is killed; Ray is real."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.kube.conftest import IMAGE
 from tests.kube.operator import Operator, wait_until
 from tests.pipelines.reader import contents, rows
 
-NUM_ROWS = 40
+NUM_ROWS = 20
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pipelines.backend import Parcel
 from pipelines.errors import JobError, LdmError
 from pipelines.kube_jobs import KubeJobs, phase_of, why_pending
 from tests.kube.api_server import FakeKube, Fault
+from tests.kube.certificate import write_certificate
 from tests.kube.operator import Operator, wait_until
 
 Make = Callable[..., Parcel]
@@ -293,6 +294,7 @@ def test_a_busy_server_is_asked_again(kube: FakeKube, jobs: KubeJobs) -> None:
         ("token", "does not take these credentials; log in again"),
         ("context", "--context prod: no such context; the kubeconfig has fake"),
         ("address", "no Kubernetes API answers at http://127.0.0.1:9"),
+        ("stranger", "self-signed certificate"),
         ("none", "no cluster to be found"),
         ("broken", "no cluster to be found"),
         ("html", "answers no JSON; is that a Kubernetes API server"),
@@ -304,6 +306,9 @@ def test_no_way_to_a_cluster_is_one_line(
     file = kube.kubeconfig(tmp_path / "kubeconfig", token="wrong" if way == "token" else None)
     if way == "address":
         file.write_text(file.read_text().replace(kube.url, "http://127.0.0.1:9"))
+    elif way == "stranger":
+        write_certificate(tmp_path / "another.pem")
+        file.write_text(file.read_text().replace("kube.pem", "another.pem"))
     elif way == "none":
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
     elif way == "broken":
