@@ -85,6 +85,9 @@ class Workers(Pods):
     min_replicas: int | None = Field(
         None, ge=0, description="how many stay when they have nothing to do; all of them, if left out"
     )
+    labels: dict[Label, str] = Field(
+        default_factory=dict, description="of the pods as Ray knows them, for `labels` of a stage"
+    )
     spot: Literal["gke", "eks", "karpenter", "aks"] | None = Field(
         None, description="run on spot nodes of this kind; the head keeps off them"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.cluster_section import SPOT, Cluster, amount
-from pipelines.doctor import Finding
+from pipelines.doctor import Diagnosis, Finding
 from pipelines.job import Job
 from pipelines.kube_api import KubeApi, Refused, place
 from pipelines.rayjob import gpus_of
@@ -23,6 +23,20 @@ RIGHTS = (
     ("", "pods", "", ("list",)),
     ("", "pods", "log", ("get",)),
 )
+
+
+def diagnose(namespace: str | None, context: str | None, job: Job | None) -> Diagnosis:
+    """What `doctor --kube` shows; of a job, whether this cluster can run it.
+
+    Raises:
+        LdmError: the cluster cannot be asked.
+    """
+    api = KubeApi(context)
+    where = namespace or (job.cluster.namespace if job else None) or api.namespace
+    found = findings(api, where, job)
+    lacking = broken(found)
+    mode = f"{len(lacking)} things are missing; nothing can be submitted yet" if lacking else "a job can be submitted"
+    return Diagnosis(api.settings.host, found, mode)
 
 
 def findings(api: KubeApi, namespace: str, job: Job | None) -> list[Finding]:
@@ -173,7 +187,8 @@ def _gpus(api: KubeApi, job: Job) -> Iterator[Finding]:
         fitting = [n for n in nodes if wanted.items() <= n["metadata"].get("labels", {}).items()]
         offered = [int(amount(str(n["status"].get("allocatable", {}).get(group.gpu_resource, "0")))) for n in fitting]
         room = sum(count // gpus for count in offered)
-        text = f"group {group.name}: {group.replicas} × {gpus} {group.gpu_resource}; the nodes of today have room for {room}"
+        wants = f"{group.replicas} × {gpus} {group.gpu_resource}"
+        text = f"group {group.name}: {wants}; the nodes of today have room for {room}"
         if room >= group.replicas:
             yield Finding("GPUs", "ok", text)
         else:
@@ -190,5 +205,6 @@ def _image(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("image", "weak", f"{cluster.image} is no digest: two attempts may run other code")
 
 
-def broken(found: list[Finding]) -> list[Any]:
+def broken(found: list[Finding]) -> list[Finding]:
+    """What a job cannot run with."""
     return [f for f in found if f.verdict == "broken"]

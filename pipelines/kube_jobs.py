@@ -8,26 +8,24 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.backend import ENDED, Parcel, Phase, Submission, numbered
+from pipelines.backend import ENDED, Parcel, Phase, Submission, Submissions, numbered
 from pipelines.errors import JobError, LdmError
 from pipelines.kube_api import KubeApi, Refused, place
 from pipelines.kube_checks import INSTALL, RAY, broken, findings, kueue
-from pipelines.rayjob import ID_LABEL, MANAGED, config_map, job_of, rayjob
-from pipelines.rayjob_rules import QUEUE_LABEL, violations
+from pipelines.rayjob import ID_LABEL, MANAGED, MAX_LINES, job_of, manifests
+from pipelines.rayjob_rules import QUEUE_LABEL
 
 OURS = f"app.kubernetes.io/managed-by={MANAGED['app.kubernetes.io/managed-by']}"
 SUSPENDED = "ldm-batch/suspended"
 """An annotation: the user suspended it, not the queue."""
 
 POLL_S = 1.0
-MAX_LINES = 5
 
 # Of what waits in KubeRay's own words.
 WAITING = {"": "KubeRay has not seen it yet", "Initializing": "its cluster starts", "Retrying": "a new cluster starts"}
 
 Manifest = dict[str, Any]
 Manifests = list[Manifest]
-Submissions = list[Submission]
 
 
 class KubeJobs:
@@ -45,15 +43,14 @@ class KubeJobs:
         """
         job = job_of(parcel)
         self.namespace = self.said or job.cluster.namespace or self.api.namespace
+        # Before anybody is asked: what is wrong with the job itself.
+        manifests(job, parcel)
         before = self._all(parcel.id)
         if before and (last := self._submission(before[-1])).phase not in ENDED:
             return last, False
         taken = {one["metadata"]["name"] for one in before}
         name = next(n for i in range(1, 100_000) if (n := numbered(parcel.id, i)) not in taken)
-        manifest, files = rayjob(job, parcel, name), config_map(job, parcel, name)
-        manifest["metadata"]["namespace"] = files["metadata"]["namespace"] = self.namespace
-        if lines := violations(manifest):
-            raise JobError("\n".join(f"RayJob {name}: {line}" for line in lines[:MAX_LINES]))
+        files, manifest = manifests(job, parcel, name, self.namespace)
         if lacking := broken(findings(self.api, self.namespace, job)):
             raise JobError("\n".join(f"{self.api.said}: {one.name}: {one.text}" for one in lacking[:MAX_LINES]))
         try:

@@ -13,17 +13,16 @@ from typing import Any
 
 import yaml
 
-from pipelines.backend import Parcel
+from pipelines.backend import JOB_FILE, Parcel
 from pipelines.cluster_section import SPOT, Cluster, Pods, Toleration, Workers, amount
 from pipelines.errors import JobError
 from pipelines.heartbeat import SUBMISSION
 from pipelines.job import Job, parse_job
-from pipelines.rayjob_rules import QUEUE_LABEL
+from pipelines.rayjob_rules import QUEUE_LABEL, violations
 
 FOLDER = "/etc/ldm-batch"
 """Where every pod sees what travelled."""
 
-JOB_FILE = "job.yaml"
 MAX_FILES_BYTES = 900_000
 """A ConfigMap may have 1 MiB, and binary content grows by a third on its way."""
 
@@ -37,6 +36,7 @@ SHM_SHARE = 0.35
 """Of a pod's memory: Ray's object store takes 30 %, and wants it in shared memory."""
 
 IDLE_S = 120
+MAX_LINES = 5
 
 Manifest = dict[str, Any]
 
@@ -55,13 +55,20 @@ class _Here(dict[str, str]):
         return super().get(name, f"${{env:{name}{tail}}}")
 
 
-def manifests(job: Job, parcel: Parcel, name: str | None = None) -> list[Manifest]:
+def manifests(job: Job, parcel: Parcel, name: str | None = None, namespace: str | None = None) -> list[Manifest]:
     """All that `kubectl apply -f` needs: the ConfigMap, then the RayJob; `name` is the parcel's id if left out.
 
     Raises:
-        JobError: the cluster section does not say enough, or something cannot travel or be reached from a pod.
+        JobError: the cluster section does not say enough, something cannot travel or be reached from a pod, or KubeRay
+            would not take it.
     """
-    return [config_map(job, parcel, name), rayjob(job, parcel, name)]
+    both = [config_map(job, parcel, name), rayjob(job, parcel, name)]
+    for one in both:
+        if namespace is not None:
+            one["metadata"]["namespace"] = namespace
+    if lines := violations(both[1]):
+        raise JobError("\n".join(f"RayJob {name or parcel.id}: {line}" for line in lines[:MAX_LINES]))
+    return both
 
 
 def config_map(job: Job, parcel: Parcel, name: str | None = None) -> Manifest:
@@ -321,7 +328,7 @@ def _workers(job: Job, group: Workers, volumes: list[Manifest], mounts: list[Man
     pods = group.model_copy(update={"gpus": gpus, "node_selector": selector, "tolerations": tolerations})
     container = _ray_container(job.cluster, "ray-worker", pods, mounts, {})
     template = _pod(job.cluster, pods, container, [*volumes, _shm(pods)], set(), talks=False)
-    return {
+    out = {
         "groupName": group.name,
         # All at once: the pools of a run are fitted to the cluster that it finds.
         "replicas": group.replicas,
@@ -330,6 +337,7 @@ def _workers(job: Job, group: Workers, volumes: list[Manifest], mounts: list[Man
         "rayStartParams": {},
         "template": _scraped(template),
     }
+    return {**out, "labels": dict(group.labels)} if group.labels else out
 
 
 def _autoscaler() -> Manifest:
