@@ -38,6 +38,9 @@ SHM_SHARE = 0.35
 IDLE_S = 120
 MAX_LINES = 5
 
+LAST_S = 10
+"""Of a pod's grace, for Ray to end after its workers have."""
+
 Manifest = dict[str, Any]
 
 
@@ -327,6 +330,8 @@ def _workers(job: Job, group: Workers, volumes: list[Manifest], mounts: list[Man
     ]
     pods = group.model_copy(update={"gpus": gpus, "node_selector": selector, "tolerations": tolerations})
     container = _ray_container(job.cluster, "ray-worker", pods, mounts, {})
+    if (seconds := job.cluster.grace_s - LAST_S) > 0:
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", while_busy(seconds)]}}}
     template = _pod(job.cluster, pods, container, [*volumes, _shm(pods)], set(), talks=False)
     out = {
         "groupName": group.name,
@@ -338,6 +343,16 @@ def _workers(job: Job, group: Workers, volumes: list[Manifest], mounts: list[Man
         "template": _scraped(template),
     }
     return {**out, "labels": dict(group.labels)} if group.labels else out
+
+
+def while_busy(seconds: int) -> str:
+    """A line for the shell that waits for as long as some process of Ray's is at work, which says so in its title.
+
+    Ray itself ends everything the moment that its pod is told to go. So a spot node goes on with its shards for most of
+    its notice, and a pod whose job is over goes at once.
+    """
+    busy = "grep -qsaE '^ray::([^I]|I[^D])' /proc/[0-9]*/cmdline"
+    return f"i=0; while [ $i -lt {seconds} ] && {busy}; do sleep 1; i=$((i+1)); done"
 
 
 def _autoscaler() -> Manifest:

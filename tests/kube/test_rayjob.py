@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from pipelines.backend import Parcel
 from pipelines.errors import JobError
 from pipelines.job import Job, parse_job
-from pipelines.rayjob import config_map, entrypoint, job_of, manifests, rayjob
+from pipelines.rayjob import config_map, entrypoint, job_of, manifests, rayjob, while_busy
 from pipelines.rayjob_rules import violations
 from tests.kube.operator import in_shells
 
@@ -83,6 +84,7 @@ def test_every_field_of_the_cluster_section_reaches_the_manifest(make_parcel: Ma
     assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
     assert {t["key"] for t in pod["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
     assert pod["terminationGracePeriodSeconds"] == 300
+    assert "-lt 290 " in pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2]
     assert pod["containers"][0]["resources"]["limits"] == {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "1"}
     assert {t["key"] for t in h100["template"]["spec"]["tolerations"]} == {"dear", "nvidia.com/gpu"}
     assert "nvidia.com/gpu" not in fetch["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -156,6 +158,20 @@ def test_the_entrypoint_survives_both_shells_word_by_word(tmp_path: Path) -> Non
     assert not (tmp_path / "pwned").exists()
     # HTTPMode has one shell alone.
     assert shlex.split(entrypoint(hostile))[-len(hostile) :] == list(hostile)
+
+
+def test_a_pod_that_is_told_to_go_waits_for_its_workers_and_for_no_longer(tmp_path: Path) -> None:
+    def seconds(*titles: str) -> float:
+        for i, title in enumerate(("bash", "ray::IDLE", *titles)):
+            (tmp_path / str(i)).mkdir(exist_ok=True)
+            (tmp_path / str(i) / "cmdline").write_text(f"{title}\0")
+        start = time.monotonic()
+        line = while_busy(2).replace("/proc", str(tmp_path))
+        assert subprocess.run(["/bin/sh", "-c", line], check=False).returncode == 0
+        return time.monotonic() - start
+
+    assert seconds() < 1
+    assert seconds("ray::MapWorker(MapBatches(Txt2Img)).submit") > 1.9
 
 
 @pytest.mark.parametrize("name", ["a" * 63, "Weird..Name_9", "0", "x" + "-" * 61, "a.b"])
