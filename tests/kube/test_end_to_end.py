@@ -56,6 +56,7 @@ def write_job(folder: Path, model: Path, out: Path) -> Path:
     return folder / "job.yaml"
 
 
+@pytest.mark.timeout(400)
 def test_a_job_whose_cluster_dies_goes_on_in_the_next_and_nothing_is_lost(
     kube: FakeKube,
     jobs: KubeJobs,
@@ -73,13 +74,13 @@ def test_a_job_whose_cluster_dies_goes_on_in_the_next_and_nothing_is_lost(
     lines: list[str] = []
     follower = threading.Thread(target=lambda: lines.extend(jobs.logs(parcel.id, follow=True)))
     follower.start()
-    wait_until(lambda: parts(out), 100)
+    wait_until(lambda: parts(out), 150)
     (attempt,) = operator.attempts.values()
     os.killpg(attempt.process.pid, signal.SIGKILL)
     before = len(parts(out))
     assert 0 < before < NUM_ROWS // 2
     wait_until(lambda: jobs.get(parcel.id).attempt == 2)
-    wait_until(lambda: jobs.get(parcel.id).phase in ("succeeded", "failed"), 100)
+    wait_until(lambda: jobs.get(parcel.id).phase in ("succeeded", "failed"), 150)
     follower.join(20)
     found = jobs.get(parcel.id)
     assert (found.phase, found.attempt) == ("succeeded", 2), lines
