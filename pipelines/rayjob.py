@@ -184,17 +184,20 @@ def _metadata(job: Job, parcel: Parcel, name: str | None) -> Manifest:
 
 
 def _refuse_local(job: Job) -> None:
-    """Places that a pod has for itself alone, or does not have."""
+    """An output on the disk of one pod, which goes with it."""
     claims = [v.path.rstrip("/") for v in job.cluster.volumes if v.claim is not None and not v.read_only]
-    path = job.sink.path.removeprefix("file://")
-    if "://" in path or path.startswith("${env:"):
+    said = job.sink.path
+    if said.startswith("${env:") or ("://" in said and not said.startswith("file://")):
         return
+    path = said.removeprefix("file://")
     if not any(path == claim or path.startswith(f"{claim}/") for claim in claims):
         where = f" below {' or '.join(claims)}" if claims else ""
         raise JobError(
-            f"sink.path {job.sink.path} would lie in one pod and go with it; use s3://… or the like, or file:///… on a "
-            f"claim of cluster.volumes{where}"
+            f"sink.path {said} would lie in one pod and go with it; use s3://… or the like, or file:///… on a claim of "
+            f"cluster.volumes{where}"
         )
+    if not said.startswith("file://"):
+        raise JobError(f"sink.path {said} lies on a claim that all pods share; say so: file://{said}")
 
 
 def _volumes(cluster: Cluster, parcel: Parcel, name: str) -> tuple[list[Manifest], list[Manifest]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 
 from pipelines.backend import Parcel
 from pipelines.cli import app
+from pipelines.kube_checks import RIGHTS
 from pipelines.rayjob_rules import violations
+from tests.conftest import ROOT
 from tests.kube.api_server import FakeKube
 from tests.kube.operator import Operator, wait_until
 
@@ -119,3 +122,26 @@ def test_a_wrong_submission_is_one_line_and_asks_nobody(
     assert len(result.output.splitlines()) == 1
     assert "hush" not in result.output
     assert kube.requests == []
+
+
+def test_the_extra_is_named_where_it_is_missing(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    said = ldm_batch("list", "--kube")
+    assert (said.exit_code, "pip install 'ldm-batch[k8s]'" in said.output) == (2, True)
+
+
+def test_the_role_that_is_shipped_has_the_rights_that_doctor_asks_for() -> None:
+    role, _ = yaml.safe_load_all((ROOT / "infra" / "kuberay" / "role.yaml").read_text())
+    given = {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    asked = {(group, f"{r}/{sub}" if sub else r, verb) for group, r, sub, verbs in RIGHTS for verb in verbs}
+    assert asked <= given
+    # What else doctor and status look at, where they may.
+    assert {resource for _, resource, _ in given - asked} <= {
+        "localqueues", "workloads", "secrets", "persistentvolumeclaims", "serviceaccounts"
+    }  # fmt: skip

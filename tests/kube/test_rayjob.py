@@ -219,6 +219,7 @@ def test_a_table_too_large_for_a_config_map_is_refused_with_the_way_out(make_par
             {"sink": {"path": "/data/x"}},
             "would lie in one pod",
         ),
+        ({"volumes": [{"claim": "c", "path": "/data"}]}, {"sink": {"path": "/data/x"}}, "say so: file:///data/x"),
     ],
 )
 def test_what_cannot_work_in_a_pod_is_refused(
@@ -230,7 +231,7 @@ def test_what_cannot_work_in_a_pod_is_refused(
 
 
 def test_an_output_on_a_claim_that_all_pods_see_is_fine(make_parcel: Make) -> None:
-    the_rayjob(make_parcel(job={"sink": {"path": "/data/out"}}, volumes=[{"claim": "c", "path": "/data"}]))
+    the_rayjob(make_parcel(job={"sink": {"path": "file:///data/out"}}, volumes=[{"claim": "c", "path": "/data"}]))
 
 
 def job_with(**cluster: Any) -> Job:
