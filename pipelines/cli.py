@@ -145,6 +145,10 @@ def run(
     slice_: Slice = None,
     address: Address = None,
     grace: Grace = None,
+    dead_letters_ok: Annotated[
+        bool,
+        typer.Option("--dead-letters-ok", help="Exit with 0 too where rows failed, for what would start it all again."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Do what is left of the job. The same command again resumes; when nothing is left it says so."""
@@ -163,7 +167,8 @@ def run(
         from dataclasses import asdict
 
         emit(as_json, asdict(summary), lambda: summary_text(job, loaded, summary))
-        raise typer.Exit(summary.exit_code)
+        done = dead_letters_ok and summary.exit_code == EXIT_DEAD_LETTERS
+        raise typer.Exit(0 if done else summary.exit_code)
 
 
 @app.command()
@@ -287,17 +292,32 @@ def repair(job: JobPath, set_: Set = None, address: Address = None, grace: Grace
 
 @app.command()
 def doctor(
-    url: Annotated[str, typer.Argument(help="A folder or URL to write to, or a job file.", show_default=False)],
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder or URL to write to, or a job file; with --kube a job file, or nothing.", show_default=False
+        ),
+    ] = None,
+    kube: Annotated[
+        bool, typer.Option("--kube", help="Look at a Kubernetes cluster instead: can it run the job?")
+    ] = False,
+    namespace: cli_submit.Namespace = None,
+    context: cli_submit.Context = None,
     as_json: Json = False,
 ) -> None:
-    """Probe a store: what it holds to, how quick it is, and how a run will fare on it."""
+    """Probe a store: what it holds to, how quick it is, and how a run will fare on it; or a cluster with --kube."""
     with one_line_errors(as_json):
         from dataclasses import asdict
 
-        from pipelines.doctor import doctor as probe
+        if kube:
+            from pipelines.kube_checks import diagnose
 
-        url, options, _ = _output(url)
-        found = probe(url, options)
+            found = diagnose(namespace, context, None if url is None else _load(Path(url), None))
+        else:
+            from pipelines.doctor import doctor as probe
+
+            place, options, _ = _output(url or "")
+            found = probe(place, options)
         emit(as_json, asdict(found) | {"exit_code": found.exit_code}, lambda: diagnosis_text(found))
         raise typer.Exit(found.exit_code)
 

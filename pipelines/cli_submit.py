@@ -7,7 +7,7 @@ import os
 import shlex
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,7 +64,7 @@ def submit(
         ]
         loaded, parcel = pack(job, set_ or (), arguments, Path(folder))
         if dry_run:
-            typer.echo(_shown(_manifest(loaded, parcel, kube), "json" if as_json else form))
+            typer.echo(_shown(_manifests(loaded, parcel, kube, namespace), "json" if as_json else form))
             return
         back_end, where = _back_end(address, kube, namespace, context)
         there, made = back_end.submit(parcel)
@@ -206,8 +206,13 @@ def _act(
     with one_line_errors(as_json):
         back_end, where = _back_end(address, kube, namespace, context)
         id = _id(job, overrides)
+        before = back_end.get(id)
         {"cancel": back_end.cancel, "suspend": back_end.suspend, "resume": back_end.resume}[verb](id)
-        there = back_end.get(id)
+        try:
+            there = back_end.get(id)
+        except JobError:
+            # Kubernetes knows nothing of what is deleted.
+            there = replace(before, phase="cancelled", message="")
         emit(as_json, asdict(there), lambda: f"{there.id} {words}\nnext:\n  ldm-batch status {there.id}{where}")
 
 
@@ -245,15 +250,13 @@ def _back_end(address: str | None, kube: bool, namespace: str | None, context: s
     return RayJobs(url), f" --address {shlex.quote(url)}" if address else ""
 
 
-def _manifest(job: Any, parcel: Parcel, kube: bool) -> dict[str, Any]:
+def _manifests(job: Any, parcel: Parcel, kube: bool, namespace: str | None) -> list[dict[str, Any]]:
     if not kube:
         from pipelines.ray_jobs import request
 
-        return request(parcel, 1)
-    manifest: dict[str, Any] = _kube("rayjob").rayjob(job, parcel)
-    if violations := _kube("rayjob_rules").violations(manifest):
-        raise JobError("\n".join(violations))
-    return manifest
+        return [request(parcel, 1)]
+    found: list[dict[str, Any]] = _kube("rayjob").manifests(job, parcel, namespace=namespace)
+    return found
 
 
 def _kube(module: str) -> Any:
@@ -263,12 +266,13 @@ def _kube(module: str) -> Any:
         raise JobError(f"--kube: {error.name} is missing; pip install 'ldm-batch[k8s]'") from None
 
 
-def _shown(manifest: dict[str, Any], form: str) -> str:
+def _shown(manifests: list[dict[str, Any]], form: str) -> str:
     import yaml
 
     if form == "json":
-        return json.dumps(manifest, indent=1)
-    return str(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)).rstrip()
+        whole = {"apiVersion": "v1", "kind": "List", "items": manifests} if len(manifests) > 1 else manifests[0]
+        return json.dumps(whole, indent=1)
+    return str(yaml.safe_dump_all(manifests, sort_keys=False, allow_unicode=True)).rstrip()
 
 
 def _id(job: str, overrides: list[str] | None) -> str:

@@ -22,6 +22,9 @@ from pipelines.slices import Slice
 from pipelines.storage import ObjectStore, Store
 
 RUNS = "_ldm/runs"
+SUBMISSION = "LDM_BATCH_SUBMISSION"
+"""In the environment of a run that a cluster starts again by itself: what it was submitted as."""
+
 BEAT_S = 10.0
 DEAD_AFTER_S = 60.0
 
@@ -137,6 +140,10 @@ def refuse_if_alive(
     assert beat is not None
     alive = (run for run in live_runs(store, beat.modified_s) if run["run_id"] < own)
     others = [run for run in alive if part is None or (its := _slice(run)) is None or part.meets(its)]
+    submission = os.environ.get(SUBMISSION)
+    if submission and all(run.get("submission") == submission for run in others):
+        # Earlier attempts of this very submission: whoever started us has ended them, however fresh their last beat is.
+        takeover = True
     if not others or join:
         return
     if takeover:
@@ -176,6 +183,7 @@ def _this_process() -> dict[str, Any]:
         "namespace": _namespace(),
         "pid": os.getpid(),
         "born": _born(os.getpid()),
+        "submission": os.environ.get(SUBMISSION),
     }
 
 

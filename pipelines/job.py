@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.cluster_section import PARTS, Cluster
 from pipelines.errors import JobError
 from pipelines.stages import REFERENCES, STAGES, AnyStage, Pool, RowParameter, Stage, not_output
 from pipelines.yaml_file import Document, override, read_yaml
@@ -192,6 +193,9 @@ class Job(Section):
     batches_per_shard: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
         "auto", description="device batches in the unit of commit and resume"
     )
+    cluster: Cluster = Field(
+        default_factory=lambda: Cluster(), description="what `submit --kube` asks Kubernetes for; changes no row"
+    )
     max_failed: (
         Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(pattern=r"^\d{1,2}(\.\d+)?%$")] | None
     ) = Field(None, description="stop a run in which more rows fail: a number, or 1% of the rows that it has to do")
@@ -292,8 +296,8 @@ class Job(Section):
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
     def recorded(self) -> dict[str, Any]:
-        """The job as plain values without storage options, which may hold secrets, and without who signs."""
-        left_out = {"source": {"storage_options"}, "sink": {"storage_options", "c2pa"}}
+        """The job as plain values without storage options, which may hold secrets, without who signs, and where."""
+        left_out: Any = {"source": {"storage_options"}, "sink": {"storage_options", "c2pa"}, "cluster": True}
         return self.model_dump(mode="json", exclude=left_out)
 
     def picture_settings(self) -> dict[str, Any]:
@@ -442,6 +446,8 @@ def _is_branch(step: str | int) -> bool:
 def _allowed(document: Document, loc: tuple[str | int, ...]) -> list[str]:
     if loc[0] == "source" and len(loc) > 1:
         return list(Source.model_fields)
+    if loc[0] == "cluster" and len(loc) > 1:
+        return list(_part(Cluster, loc[1:-1]).model_fields)
     if loc[:2] == ("sink", "c2pa") and len(loc) > 2:
         return list(Signing.model_fields)
     if loc[0] == "sink" and len(loc) > 1:
@@ -454,6 +460,15 @@ def _allowed(document: Document, loc: tuple[str | int, ...]) -> list[str]:
     if loc[0] == "stages" and len(loc) > 2:
         return sorted(STAGES[document.data["stages"][loc[1]]["op"]].model_fields)
     return list(Job.model_fields)
+
+
+def _part(model: type[BaseModel], way: tuple[str | int, ...]) -> type[BaseModel]:
+    """The model that lies below `model` on the way of a location."""
+    for step in way:
+        if isinstance(step, str) and step in model.model_fields:
+            parts = [part for part in PARTS if part.__name__ in str(model.model_fields[step].annotation)]
+            model = parts[0] if parts else model
+    return model
 
 
 def json_schema() -> dict[str, Any]:

@@ -77,7 +77,8 @@ def _state(job: Job, settings: Mapping[str, Any], limit: int | None) -> dict[str
         return None
     if tables is None or any(mark is None for _, mark in tables):
         return None
-    said = job.model_dump(mode="json", exclude={"source": {"storage_options"}, "sink": {"storage_options"}})
+    left_out: Any = {"source": {"storage_options"}, "sink": {"storage_options"}, "cluster": True}
+    said = job.model_dump(mode="json", exclude=left_out)
     return {
         "version": version("ldm-batch"),
         "job": said,

@@ -10,6 +10,7 @@ from typer.main import get_command
 from ldm_ops.schedulers import SCHEDULERS
 from pipelines import manifest
 from pipelines.cli import app
+from pipelines.cluster_section import PARTS, Cluster
 from pipelines.job import Job, Sink, Source
 from pipelines.stages import STAGES
 from tests.conftest import ROOT
@@ -24,7 +25,7 @@ def test_every_command_and_option_of_the_readme_exists_and_every_command_is_in_i
     assert {o for o in re.findall(r"`(--[a-z-]+)", README)} <= options
 
 
-@pytest.mark.parametrize("model", [Job, Source, Sink, *STAGES.values()], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [Job, Source, Sink, Cluster, *PARTS, *STAGES.values()], ids=lambda m: m.__name__)
 def test_every_field_of_a_job_is_in_the_readme(model: type) -> None:
     words = set(re.findall(r"[a-z0-9_]+", README))
     assert set(model.model_fields) <= words | {"stages"}

@@ -19,6 +19,7 @@ import pytest
 import ray
 import yaml
 
+from pipelines.rayjob import entrypoint
 from tests.cluster.head import Head, head
 from tests.conftest import free_port
 from tests.faults.outside import look
@@ -196,3 +197,36 @@ def claim(there: Head, versions: dict[str, str]) -> None:
     )
     arguments = [sys.executable, "-c", script, there.gcs, json.dumps(versions)]
     subprocess.run(arguments, env={**os.environ, **there.environ}, check=True, timeout=60)
+
+
+def test_the_line_that_kuberay_writes_for_bash_gives_the_driver_every_word(ray_head: Head, tmp_path: Path) -> None:
+    hostile = (
+        "--limit",
+        "3",
+        "a b",
+        "$(touch pwned)",
+        "`touch pwned`",
+        "; touch pwned",
+        "it's",
+        '"',
+        "\\",
+        "*",
+        "&& x",
+    )
+    program = tmp_path / "ldm-batch"
+    program.write_text(
+        "#!/usr/bin/env python3\nimport json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n"
+    )
+    program.chmod(0o755)
+    line = entrypoint(hostile).replace("/etc/ldm-batch", str(tmp_path)).replace(" ldm-batch ", f" {program} ")
+    ray, at = Path(sys.executable).parent / "ray", f"--address {ray_head.dashboard}"
+    # As its operator puts it together.
+    submit = f"{ray} job submit {at} --no-wait --submission-id kuberay-1 -- {line} ;"
+    known, follow = f"{ray} job status {at} kuberay-1", f"{ray} job logs {at} --follow kuberay-1"
+    script = f"if ! {known} >/dev/null 2>&1 ; then {submit} fi ; {follow}"
+    environ = {**os.environ, **ray_head.environ}
+    said = subprocess.run(["/bin/bash", "-ce", script], env=environ, capture_output=True, text=True, timeout=150)
+    assert said.returncode == 0, said.stdout + said.stderr
+    words = [json.loads(one) for one in said.stdout.splitlines() if one.startswith('["/')]
+    assert words == [[str(tmp_path), "run", "job.yaml", "--dead-letters-ok", *hostile]], said.stdout
+    assert not list(tmp_path.rglob("pwned"))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines import heartbeat
+from pipelines.errors import RunAlive
 from pipelines.heartbeat import Permit, ask_to_stop
 from pipelines.storage import Store
 from tests.conftest import ROOT
@@ -49,3 +50,25 @@ def test_a_driver_of_before_the_last_boot_is_dead(
 ) -> None:
     monkeypatch.setattr(heartbeat, "_boot_id", lambda: "a later one")
     assert Permit(Store(str(tmp_path)), "a-run", dead | {"namespace": "pid:[1]"}).is_over
+
+
+def test_an_attempt_that_a_cluster_starts_again_does_not_wait_for_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+
+    def beat(run_id: str, submission: str | None) -> None:
+        # On a node that is gone, whose last beat is fresh.
+        said = {"run_id": run_id, "host": "another", "boot": "b", "pid": 1, "born": "1", "submission": submission}
+        store.write(f"{heartbeat.RUNS}/{run_id}/heartbeat.json", json.dumps(said).encode())
+
+    beat("1", "shapes-1")
+    beat("2", "shapes-1")
+    with pytest.raises(RunAlive):
+        heartbeat.refuse_if_alive(store, "2", False, False, "wait")
+    monkeypatch.setenv(heartbeat.SUBMISSION, "shapes-1")
+    heartbeat.refuse_if_alive(store, "2", False, False, "wait")
+    assert store.read(heartbeat.stop_path("1")) is not None
+    beat("0", "somebody-else-s")
+    with pytest.raises(RunAlive):
+        heartbeat.refuse_if_alive(store, "2", False, False, "wait")
