@@ -7,8 +7,9 @@ import os
 import shlex
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -239,7 +240,9 @@ def _back_end(address: str | None, kube: bool, namespace: str | None, context: s
         if address is not None:
             raise JobError("--address and --kube are two clusters; give one of them")
         options = [f" --{k} {shlex.quote(v)}" for k, v in (("namespace", namespace), ("context", context)) if v]
-        return _kube("kube_jobs").KubeJobs(namespace, context), " --kube" + "".join(options)
+        with _needing_k8s():
+            from pipelines.kube_jobs import KubeJobs
+        return KubeJobs(namespace, context), " --kube" + "".join(options)
     if namespace is not None or context is not None:
         raise JobError("--namespace and --context go with --kube; add it, or leave them out")
     from pipelines.ray_jobs import RayJobs
@@ -255,13 +258,15 @@ def _manifests(job: Any, parcel: Parcel, kube: bool, namespace: str | None) -> l
         from pipelines.ray_jobs import request
 
         return [request(parcel, 1)]
-    found: list[dict[str, Any]] = _kube("rayjob").manifests(job, parcel, namespace=namespace)
-    return found
+    with _needing_k8s():
+        from pipelines.rayjob import manifests
+    return manifests(job, parcel, namespace=namespace)
 
 
-def _kube(module: str) -> Any:
+@contextmanager
+def _needing_k8s() -> Iterator[None]:
     try:
-        return import_module(f"pipelines.{module}")
+        yield
     except ImportError as error:
         raise JobError(f"--kube: {error.name} is missing; pip install 'ldm-batch[k8s]'") from None
 
