@@ -79,6 +79,10 @@ ARRAYS = {
 _TOLD = ("seed", "num_inference_steps", "guidance_scale", "scheduler", "strength")
 
 
+STALE_S = 1.0
+"""How old a permit may be when a shard is begun: to look again is a request, for which the device would wait."""
+
+
 class Worker:
     """Callable on one shard, a table of planned rows with results so far; returns it with this stage's results.
 
@@ -110,6 +114,7 @@ class Worker:
         self.busy = Busy(place.stage.op, self.name)
 
     def __call__(self, shard: pa.Table) -> pa.Table:
+        asked = time.monotonic()
         if self.permit is not None and self.permit.is_over:
             return shard.slice(0, 0)
         rows = shard.to_pylist()
@@ -118,6 +123,9 @@ class Worker:
         fresh = {i: self.place.row(planned) for i, planned in enumerate(rows) if planned["status"] is None}
         # Two calls at a time: one has the device while the other's rows come in, or its results are packed.
         with self.device_lock:
+            # The other shard may have taken minutes.
+            if self.permit is not None and time.monotonic() - asked > STALE_S and self.permit.is_over:
+                return shard.slice(0, 0)
             made = self._make(rows[0], fresh)
         results = [{field.name: row[field.name] for field in RESULT_FIELDS} for row in rows]
         for i, result in made.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,9 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipelines
 from ldm_ops.op import Op, Row
 from ldm_ops.txt2img import Txt2Img
-from pipelines.worker import make
+from pipelines.heartbeat import Permit, ask_to_stop
+from pipelines.job import Job
+from pipelines.loading import LoadShard, place
+from pipelines.storage import Store
+from pipelines.worker import STALE_S, Place, Worker, make
 from tests import models
 from tests.ldm_ops.rows import row as picture_row
 
@@ -78,3 +85,43 @@ def test_a_lora_that_finds_room_beside_a_smaller_batch_is_no_fault_of_its_row(
 def test_one_row_that_does_not_fit_is_a_dead_letter_of_its_own_kind() -> None:
     results = make(Fragile(memory=0), [], [{"n": 1}, {"n": 2}], 2)
     assert [(r["status"], r["error_type"], r["batch_size"]) for r in results] == [("failed", "model.oom", 1)] * 2
+
+
+class Held(Txt2Img):
+    """A device that is busy until it is let go; `begun` has the prompts of each of its batches."""
+
+    begun: ClassVar[list[list[str]]] = []
+    busy: ClassVar[threading.Event] = threading.Event()
+    may_end: ClassVar[threading.Event] = threading.Event()
+
+    def load(self, folder: Path, adapters: Any = None) -> Any:
+        return None
+
+    def run(self, model: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        self.begun.append([row["prompt"] for row in rows])
+        self.busy.set()
+        assert self.may_end.wait(30)
+        picture = np.full((64, 64, 3), len(self.begun), np.uint8)
+        return [{"image": picture, "nsfw": None, "intermediates": []} for _ in rows]
+
+
+def test_a_shard_that_waits_for_the_device_is_not_begun_once_a_stop_was_asked(
+    make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = make_job(source={"rows": ["a red circle", "a blue square"]}, stage={"batch_size": 1}, batches_per_shard=1)
+    planned = pipelines.plan(job)
+    store = Store(job.sink.path)
+    weights = planned.models[0][0]
+    worker = Worker(Place(job.stage, 0, True, None), Held(**job.stage.bare().model_dump()), weights, Permit(store, "r"))
+    load = LoadShard(store, None, weights.revision, {})
+    first, second = (load(place(shard)) for shard in planned.plans[0].shards)
+    with ThreadPoolExecutor(2) as pool:
+        doing = pool.submit(worker, first)
+        assert Held.busy.wait(30)
+        waiting = pool.submit(worker, second)
+        assert not threading.Event().wait(STALE_S + 0.2)
+        ask_to_stop(store, "r")
+        Held.may_end.set()
+        assert doing.result(30)["status"].to_pylist() == ["ok"]
+        assert waiting.result(30).num_rows == 0
+    assert len(Held.begun) == 1
