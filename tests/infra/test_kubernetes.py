@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import kubernetes.client
 import pytest
 import yaml
 
@@ -86,6 +87,25 @@ def missing(manifests: list[Manifest]) -> set[tuple[str, str]]:
     return named - there
 
 
+def unknown(node: Any, kind: str, at: str = "") -> Iterator[str]:
+    """Fields that the API of Kubernetes does not have, or whose value is of another kind."""
+    if inner := re.fullmatch(r"list\[(.*)\]|dict\(str, (.*)\)", kind):
+        assert isinstance(node, list if inner[1] else dict), at
+        for i, child in enumerate(node) if inner[1] else node.items():
+            yield from unknown(child, inner[1] or inner[2], f"{at}.{i}")
+    elif kind in ("str", "int", "bool"):
+        if type(node).__name__ != kind and not (kind == "str" and isinstance(node, str)):
+            yield f"{at}: {node!r} is no {kind}"
+    elif kind.startswith("V"):
+        model = getattr(kubernetes.client, kind)
+        names = {theirs: ours for ours, theirs in model.attribute_map.items()}
+        for key, value in node.items():
+            if key in names:
+                yield from unknown(value, model.openapi_types[names[key]], f"{at}.{key}")
+            else:
+                yield f"{at}.{key}: {kind} has no such field"
+
+
 def needed(pod: dict[str, Any], resource: str) -> float:
     return sum(amount(str(one["resources"]["requests"].get(resource, 0))) for one in pod["containers"])
 
@@ -136,6 +156,20 @@ def test_every_object_has_a_place_and_all_that_it_names(overlay: tuple[str, list
     assert missing(manifests) == set()
     # The form is for people alone.
     assert of_kind(manifests, "Secret") == []
+
+
+@needs_kubectl
+def test_kubernetes_own_objects_have_only_fields_that_it_knows(overlay: tuple[str, list[Manifest]]) -> None:
+    own = {"v1": "V1", "batch/v1": "V1", "rbac.authorization.k8s.io/v1": "V1"}
+    [form] = documents(FOLDER / "secret.example.yaml")
+    checked = [one for one in (*overlay[1], form) if one["apiVersion"] in own]
+    assert {"Namespace", "ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim", "ConfigMap"} <= {
+        one["kind"] for one in checked
+    }
+    for one in checked:
+        assert list(unknown(one, own[one["apiVersion"]] + one["kind"])) == []
+    wrong = {"metadata": {"nam": "x"}, "spec": {"storageClassName": 1}}
+    assert len(list(unknown(wrong, "V1PersistentVolumeClaim"))) == 2
 
 
 @needs_kubectl
