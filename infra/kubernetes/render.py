@@ -6,6 +6,7 @@ with `--address`, and the RayCronJob are made of the RayJob of `jobs/nightly.yam
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def _manifests(name: str, *arguments: str) -> list[Manifest]:
 
 def _text(source: str, *documents: Manifest) -> str:
     head = f"# Made of infra/kubernetes/{source} by infra/kubernetes/render.py; change it there.\n"
-    return head + str(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True))
+    return head + str(yaml.safe_dump_all(json.loads(json.dumps(documents)), sort_keys=False, allow_unicode=True))
 
 
 def _nightly(files: Manifest, job: Manifest) -> list[Manifest]:

@@ -16,7 +16,9 @@ from zoneinfo import ZoneInfo
 import kubernetes.client
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.cluster_section import amount
 from pipelines.job import load_job
 from pipelines.rayjob_rules import violations
@@ -89,7 +91,7 @@ def missing(manifests: list[Manifest]) -> set[tuple[str, str]]:
 
 def unknown(node: Any, kind: str, at: str = "") -> Iterator[str]:
     """Fields that the API of Kubernetes does not have, or whose value is of another kind."""
-    if inner := re.fullmatch(r"list\[(.*)\]|dict\(str, (.*)\)", kind):
+    if inner := re.fullmatch(r"List\[(.*)\]|Dict\[str, (.*)\]", kind):
         assert isinstance(node, list if inner[1] else dict), at
         for i, child in enumerate(node) if inner[1] else node.items():
             yield from unknown(child, inner[1] or inner[2], f"{at}.{i}")
@@ -120,6 +122,17 @@ def test_every_manifest_of_a_job_is_what_its_job_file_renders_to() -> None:
     assert {path.parent.name for path in made} == {*OVERLAYS, "examples"}
     stale = [str(path) for path, text in made.items() if path.read_text(encoding="utf-8") != text]
     assert stale == [], "run infra/kubernetes/render.py"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_job_of_an_overlay_is_what_the_command_prints(name: str) -> None:
+    printed = CliRunner().invoke(app, ["render", str(FOLDER / "jobs" / f"{name}.yaml")])
+    assert printed.exit_code == 0, printed.output
+    head, _, written = (FOLDER / "overlays" / name / "job.yaml").read_text(encoding="utf-8").partition("\n")
+    assert head.startswith("# Made of ")
+    assert printed.output == written
+    # No part is a reference to another.
+    assert "&id" not in written
 
 
 def test_every_job_says_the_ray_of_the_image() -> None:
@@ -168,8 +181,8 @@ def test_kubernetes_own_objects_have_only_fields_that_it_knows(overlay: tuple[st
     }
     for one in checked:
         assert list(unknown(one, own[one["apiVersion"]] + one["kind"])) == []
-    wrong = {"metadata": {"nam": "x"}, "spec": {"storageClassName": 1}}
-    assert len(list(unknown(wrong, "V1PersistentVolumeClaim"))) == 2
+    container = {"nam": "x", "ports": [{"containerPort": "80"}], "env": [{"name": "A", "values": "b"}]}
+    assert len(list(unknown({"spec": {"containers": [container], "nodeSelector": {"a": 1}}}, "V1Pod"))) == 4
 
 
 @needs_kubectl
