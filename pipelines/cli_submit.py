@@ -277,7 +277,9 @@ def _shown(manifests: list[dict[str, Any]], form: str) -> str:
     if form == "json":
         whole = {"apiVersion": "v1", "kind": "List", "items": manifests} if len(manifests) > 1 else manifests[0]
         return json.dumps(whole, indent=1)
-    return str(yaml.safe_dump_all(manifests, sort_keys=False, allow_unicode=True)).rstrip()
+    # Nothing is one object twice any more, which YAML would write as a reference.
+    apart = json.loads(json.dumps(manifests))
+    return str(yaml.safe_dump_all(apart, sort_keys=False, allow_unicode=True)).rstrip()
 
 
 def _id(job: str, overrides: list[str] | None) -> str:

@@ -131,7 +131,7 @@ def test_the_extra_is_named_where_it_is_missing(job: Path, monkeypatch: pytest.M
 
 
 def test_the_role_that_is_shipped_has_the_rights_that_doctor_asks_for() -> None:
-    role, _ = yaml.safe_load_all((ROOT / "infra" / "kuberay" / "role.yaml").read_text())
+    role, _ = yaml.safe_load_all((ROOT / "infra/kubernetes/base/rights.yaml").read_text())
     given = {
         (group, resource, verb)
         for rule in role["rules"]

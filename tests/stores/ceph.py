@@ -225,45 +225,49 @@ def _started(root: Path) -> Iterator[Ceph]:
                 kill(process)
 
 
-def unpacked() -> Path:
-    """The folder that holds Ceph's programs, fetched if this machine has not done so before."""
+def unpacked(name: str = "ceph", packages: tuple[str, ...] = PACKAGES, needed: re.Pattern[str] = _NEEDED) -> Path:
+    """The folder that holds programs of Debian's, Ceph's if not told otherwise, fetched where that was not done before.
+
+    Raises:
+        Unavailable: they cannot be had here; why.
+    """
     if sys.platform != "linux":
-        raise Unavailable("Ceph runs on Linux alone")
+        raise Unavailable(f"{name} is fetched on Linux alone")
     if not shutil.which("apt-get") or not shutil.which("dpkg"):
-        raise Unavailable("Ceph is fetched with apt-get and dpkg, which are not here")
+        raise Unavailable(f"{name} is fetched with apt-get and dpkg, which are not here")
     release = platform.freedesktop_os_release()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-batch-tests"
-    root = cache / f"ceph-{release.get('ID', 'linux')}-{release.get('VERSION_ID', '')}-{platform.machine()}"
+    root = cache / f"{name}-{release.get('ID', 'linux')}-{release.get('VERSION_ID', '')}-{platform.machine()}"
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         # Several test processes start at once; one fetches.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():
             with tempfile.TemporaryDirectory(dir=cache) as folder:
-                _fetch(Path(folder))
+                _fetch(Path(folder), packages, needed)
                 (Path(folder) / "root").rename(root)
     return root
 
 
-def _fetch(folder: Path) -> None:
+def _fetch(folder: Path, packages: tuple[str, ...], needed: re.Pattern[str]) -> None:
     for name in ("lists", "archives", "debs"):
         (folder / name).mkdir()
     # Without the machine's own archive, as what lies there already would be left out of the answer.
     options = ["-o", f"Dir::Cache::archives={folder}/archives"]
     try:
-        _download(folder / "debs", options)
+        _download(folder / "debs", options, packages, needed)
     except Unavailable:
         # A machine that has never asked, or not for long: with lists of our own.
         options += ["-o", f"Dir::State::lists={folder}/lists", "-o", f"Dir::Cache={folder}"]
         _apt(["update", "-qq"], options)
-        _download(folder / "debs", options)
+        _download(folder / "debs", options, packages, needed)
     for deb in sorted((folder / "debs").glob("*.deb")):
         subprocess.run(["dpkg", "-x", deb, folder / "root"], check=True)
 
 
-def _download(folder: Path, options: list[str]) -> None:
-    found = _apt(["install", "-qq", "-y", "--no-install-recommends", "--print-uris", *PACKAGES], options)
-    names = [name.partition("_")[0] for name in _NEEDED.findall(found)]
+def _download(folder: Path, options: list[str], packages: tuple[str, ...], needed: re.Pattern[str]) -> None:
+    found = _apt(["install", "-qq", "-y", "--no-install-recommends", "--print-uris", *packages], options)
+    names = [name.partition("_")[0] for name in needed.findall(found)]
     _apt(["download", "-qq", "-o", "APT::Sandbox::User=root", *names], options, folder)
 
 
