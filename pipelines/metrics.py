@@ -18,8 +18,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ldm_batch_seconds": ("Histogram", "seconds of one device batch", ("stage",)),
     "ldm_device_busy_ratio": ("Gauge", "share of a worker's time that goes into device batches", ("stage", "worker")),
     "ldm_upload_seconds": ("Histogram", "seconds that a shard's uploads and its commit take", ()),
-    "ldm_queue_depth": ("Gauge", "shards that a driver has given to Ray and that are not committed yet", ("job",)),
-    "ldm_shards_done": ("Gauge", "shards that a run has committed", ("job",)),
+    "ldm_queue_depth": ("Gauge", "shards that a driver has given to Ray and that are not committed yet", ("ldm_job",)),
+    "ldm_shards_done": ("Gauge", "shards that a run has committed", ("ldm_job",)),
 }
 """Name → kind in `ray.util.metrics`, what it tells, tags."""
 

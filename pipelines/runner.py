@@ -292,7 +292,7 @@ def _run(
                     break
                 for receipt in _execute(store, permit, job, work, one, wave, join, listener):
                     done.add(receipt)
-                    metrics.record("ldm_shards_done", done.num_shards, job=job.name)
+                    metrics.record("ldm_shards_done", done.num_shards, ldm_job=job.name)
                     try:
                         failed.add(receipt)
                     except RunFailed:
@@ -400,13 +400,13 @@ def _execute(
         listener.started()
     cost = dict(zip(todo.indices.tolist(), todo.cost.tolist(), strict=True))
     num_done = 0
-    metrics.record("ldm_queue_depth", len(todo), job=own.name)
+    metrics.record("ldm_queue_depth", len(todo), ldm_job=own.name)
     try:
         for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for receipt in batch.to_pylist():
                 yield receipt
                 num_done += 1
-                metrics.record("ldm_queue_depth", len(todo) - num_done, job=own.name)
+                metrics.record("ldm_queue_depth", len(todo) - num_done, ldm_job=own.name)
                 if listener:
                     rows = receipt["num_ok"] + receipt["num_failed"] + receipt["num_filtered"]
                     listener.progress(rows, receipt["num_failed"], cost[receipt["shard"]])
