@@ -199,6 +199,9 @@ class KubeJobs:
         if id and id.replace("-", "").isalnum() and len(id) <= 63:
             known = self._all(id)
             found = known[-1] if known else self.api.find(self._place(id))
+            if found is not None and not MANAGED.items() <= found["metadata"].get("labels", {}).items():
+                # A RayJob of somebody else's: it is not ours to end.
+                found = None
         if found is None:
             raise JobError(
                 f"{id[:80]}: no such submission in namespace {self.namespace}; `ldm-batch list --kube` shows those "

@@ -369,3 +369,12 @@ def test_a_pod_whose_image_or_secret_is_not_there_says_so() -> None:
     assert why_pending(pod) == "ImagePullBackOff: Back-off pulling image"
     pod["status"]["containerStatuses"] = [{"state": {"waiting": {"reason": "ContainerCreating"}}}]  # type: ignore[index]
     assert why_pending(pod) == ""
+
+
+def test_a_rayjob_of_somebody_else_is_none_of_ours_to_end(kube: FakeKube, jobs: KubeJobs, make_parcel: Make) -> None:
+    jobs.submit(parcel := make_parcel())
+    theirs = kube.all(RAY, "rayjobs")[0]
+    kube.put(RAY, "rayjobs", {**theirs, "metadata": {"name": "training", "namespace": "default"}})
+    with pytest.raises(JobError, match="training: no such submission"):
+        jobs.cancel("training")
+    assert {one["metadata"]["name"] for one in kube.all(RAY, "rayjobs")} == {parcel.id, "training"}
