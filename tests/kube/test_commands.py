@@ -68,6 +68,8 @@ def test_what_is_rendered_is_what_is_sent(kube: FakeKube, job: Path) -> None:
     assert rendered.exit_code == 0, rendered.output
     files, rayjob = yaml.safe_load_all(rendered.output)
     assert violations(rayjob) == []
+    # A patch of one place must not change another.
+    assert "&id" not in rendered.output
     assert json.loads(ldm_batch("submit", job, "--kube", "--dry-run", "-o", "json").output)["items"] == [files, rayjob]
     assert kube.requests == []
     assert ldm_batch("submit", job, "--kube").exit_code == 0
