@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,15 @@ UNITS |= {f"{unit}i": 1024.0 ** (i + 1) for i, unit in enumerate("KMGTPE")}
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """Of an object in Kubernetes."""
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+LabelKey = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+    ),
+]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
+"""Of a node. The API server takes any text here; the pod of a wrong one is never made."""
+
 Path = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9._/-]+$")]
 Seconds = Annotated[int, Field(ge=1, le=366 * 86400)]
 
@@ -25,7 +35,23 @@ SPOT: dict[str, tuple[str, str, bool]] = {
     "aks": ("kubernetes.azure.com/scalesetpriority", "spot", True),
 }
 
-SECRET_NAME = re.compile(r"secret|token|password|passwd|credential|(^|_)key$|key_id$|(^|_)sas$", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"secret|token(?!iz)|passw|passphrase|credential|connection_?string|authorization|cookie|(^|_)key$|key_id$|(^|_)sas$",
+    re.IGNORECASE,
+)
+LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+"""In an address: its user and password."""
+
+NO_SECRETS = ("", "anon", "cloud", "google_default")
+"""What gcsfs takes in the place of a token."""
+
+
+def spells_secret(name: str, value: str) -> bool:
+    """Whether a setting seems to hold a secret; a path to a mounted one is none."""
+    if LOGIN.search(value):
+        return True
+    is_path = value.startswith("/") and name.upper().endswith(("_FILE", "GOOGLE_APPLICATION_CREDENTIALS"))
+    return SECRET_NAME.search(name) is not None and value not in NO_SECRETS and not is_path
 
 
 def amount(quantity: str) -> float:
@@ -44,10 +70,25 @@ class Part(BaseModel):
 class Toleration(Part):
     """As in a pod."""
 
-    key: str | None = None
-    operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
+    key: LabelKey | None = None
+    operator: Literal["Exists", "Equal"] | None = Field(None, description="Equal where a value is given, else Exists")
+    value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _operator(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("operator") is None:
+            return {**data, "operator": "Exists" if data.get("value") is None else "Equal"}
+        return data
+
+    @model_validator(mode="after")
+    def _fits(self) -> Toleration:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError(f"value: Exists takes none; got {self.value!r}; leave it out, or operator")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("key: missing; Equal needs one")
+        return self
 
 
 class Pods(Part):
@@ -55,7 +96,7 @@ class Pods(Part):
 
     cpus: str = Field("2", description="of one pod, as Kubernetes writes it: 8, 500m")
     memory: str = Field("8Gi", description="of one pod: 32Gi")
-    node_selector: dict[str, str] = Field(default_factory=dict, description="labels that a node must have")
+    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict, description="labels that a node must have")
     tolerations: list[Toleration] = Field(default_factory=list, description="taints that a node may have")
 
     @field_validator("cpus", "memory", mode="before")
@@ -80,7 +121,7 @@ class Workers(Pods):
     cpus: str = "4"
     memory: str = "16Gi"
     gpus: int | None = Field(None, ge=0, le=16, description="of one pod; what a stage's worker needs, if left out")
-    gpu_resource: str = Field("nvidia.com/gpu", description="what the cluster calls a GPU")
+    gpu_resource: LabelKey = Field("nvidia.com/gpu", description="what the cluster calls a GPU")
     replicas: int = Field(1, ge=1, le=10_000, description="pods that the job starts with, and at most has")
     min_replicas: int | None = Field(
         None, ge=0, description="how many stay when they have nothing to do; all of them, if left out"
@@ -151,7 +192,7 @@ class Cluster(Part):
     retries: int = Field(
         3, ge=0, le=100, description="new clusters after one that failed; each goes on where the last one stopped"
     )
-    deadline_s: Seconds | None = Field(7 * 86400, description="the job is ended after it, retries included")
+    deadline_s: Seconds | None = Field(7 * 86400, description="an attempt is ended after it, and the job with it")
     start_deadline_s: Seconds | None = Field(3600, description="the job fails if it does not run by then")
     ttl_s: int = Field(60, ge=0, le=86400, description="how long the cluster stays when the job has ended")
     grace_s: int = Field(120, ge=0, le=3600, description="that a pod which is told to go may take; more than a shard")
@@ -160,8 +201,8 @@ class Cluster(Part):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if SECRET_NAME.search(name):
+        for name, said in value.items():
+            if spells_secret(name, said):
                 raise ValueError(
                     f"the variable {name} looks like a secret; put it into a Secret and name that in secrets"
                 )
@@ -178,7 +219,9 @@ class Cluster(Part):
             raise ValueError("workers: at most 7 groups under Kueue, none called head")
         mounts = [v.path.rstrip("/") for v in self.volumes]
         mounts += [self.model_cache.path.rstrip("/")] if self.model_cache else []
-        taken = [m for m in mounts if m in ("/etc/ldm-batch", "/dev/shm", "/tmp")]
+        if crooked := [m for m in mounts if posixpath.normpath(m) != m]:
+            raise ValueError(f"volumes: {crooked[0] or '/'}: no folder of its own; write it without . and .. and //")
+        taken = [m for m in mounts if m in ("/dev/shm", "/tmp") or f"{m}/".startswith("/etc/ldm-batch/")]
         if taken or len(set(mounts)) < len(mounts):
             raise ValueError(f"volumes: {(taken or mounts)[0]} is mounted twice; choose another path")
         return self

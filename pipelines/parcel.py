@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from pipelines.backend import JOB_FILE, Parcel, submission_id
+from pipelines.cluster_section import spells_secret
 from pipelines.errors import JobError
 from pipelines.job import Job, parse_job, read_text
 from pipelines.listing import expand
@@ -23,7 +25,6 @@ from pipelines.yaml_file import override, read_yaml
 MAX_FOLDER_BYTES = 32 << 20
 """A cluster's head holds what travels in its memory."""
 
-_SECRET = re.compile(r"secret|token|password|passphrase|credential|(^|_)key$|(^|_)key_id$|(^|_)sas$", re.IGNORECASE)
 _VERBATIM = re.compile(r"\$\{env:[^}]*\}")
 
 
@@ -68,18 +69,20 @@ def pack(path: Path, overrides: Sequence[str], arguments: Sequence[str], folder:
     data["source"] = _pack_source(path, job, data["source"], folder)
     job_yaml = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     (folder / JOB_FILE).write_text(job_yaml, encoding="utf-8")
-    canonical = json.dumps([data, list(arguments)], sort_keys=True, default=str)
+    # Its tables too: of one that was changed, nobody must hear that it runs already.
+    tables = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("data/*"))]
+    canonical = json.dumps([data, list(arguments), tables], sort_keys=True, default=str)
     id = submission_id(job.name, canonical)
     return job, Parcel(id, job.name, job_yaml, folder, tuple(arguments))
 
 
 def _refuse_secrets(where: str, options: Any) -> None:
     """Whatever travels can be read by all who may look at the cluster."""
-    if not isinstance(options, dict):
+    if not isinstance(options, (dict, list)):
         return
-    for name, value in options.items():
+    for name, value in options.items() if isinstance(options, dict) else enumerate(options):
         _refuse_secrets(f"{where}.{name}", value)
-        if _SECRET.search(str(name)) and isinstance(value, str) and not _VERBATIM.fullmatch(value):
+        if isinstance(value, str) and not _VERBATIM.fullmatch(value) and spells_secret(str(name), value):
             raise JobError(
                 f"{where}.{name}: secrets do not travel; write ${{env:NAME}}, and set NAME on the cluster's nodes"
             )

@@ -35,7 +35,10 @@ OUTPUT_ANNOTATION = "ldm-batch/output"
 SHM_SHARE = 0.35
 """Of a pod's memory: Ray's object store takes 30 %, and wants it in shared memory."""
 
-IDLE_S = 120
+IDLE_S = 1800
+"""Until a pod without work is given back. One that waits for the slowest of the others to come up, or for the plan, has
+none either, and nobody would ask for it again."""
+
 MAX_LINES = 5
 
 LAST_S = 10
@@ -180,7 +183,9 @@ def _metadata(job: Job, parcel: Parcel, name: str | None) -> Manifest:
         out["namespace"] = cluster.namespace
     if cluster.queue is not None:
         labels[QUEUE_LABEL] = cluster.queue
-    return {**out, "annotations": {JOB_ANNOTATION: job.name, OUTPUT_ANNOTATION: job.sink.path}}
+    # As it travels: its variables are the cluster's own.
+    said = yaml.safe_load(parcel.job_yaml)["sink"]["path"]
+    return {**out, "annotations": {JOB_ANNOTATION: job.name, OUTPUT_ANNOTATION: said}}
 
 
 def _refuse_local(job: Job) -> None:
@@ -342,7 +347,8 @@ def _workers(job: Job, group: Workers, volumes: list[Manifest], mounts: list[Man
         "replicas": group.replicas,
         "minReplicas": group.replicas if group.min_replicas is None else group.min_replicas,
         "maxReplicas": group.replicas,
-        "rayStartParams": {},
+        # KubeRay knows few names of a GPU.
+        "rayStartParams": {"num-gpus": str(gpus)} if gpus else {},
         "template": _scraped(template),
     }
     return {**out, "labels": dict(group.labels)} if group.labels else out

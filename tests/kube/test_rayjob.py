@@ -124,6 +124,44 @@ def test_under_kueue_the_job_is_of_fixed_size_and_begins_suspended(make_parcel: 
     assert "enableInTreeAutoscaling" not in made["spec"]["rayClusterSpec"]
 
 
+def test_a_toleration_reads_as_in_a_pod(make_parcel: Make) -> None:
+    tolerations = [{"key": "team", "value": "a"}, {"key": "dear"}, {}]
+    made = the_rayjob(make_parcel(head={"tolerations": tolerations}))
+    assert made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["tolerations"] == [
+        {"key": "team", "operator": "Equal", "value": "a"},
+        {"key": "dear", "operator": "Exists"},
+        {"operator": "Exists"},
+    ]
+
+
+def test_ray_is_told_of_gpus_whose_name_kuberay_does_not_know(make_parcel: Make) -> None:
+    workers = [{"gpus": 2, "gpu_resource": "gpu.intel.com/i915"}, {"name": "fetch", "gpus": 0}]
+    some, none = the_rayjob(make_parcel(workers=workers))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (some["rayStartParams"], none["rayStartParams"]) == ({"num-gpus": "2"}, {})
+
+
+def test_the_environment_of_this_machine_is_not_told_beside_the_job(
+    make_parcel: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", "of-this-machine")
+    parcel = make_parcel(job={"sink": {"path": "s3://${env:BUCKET}/out"}})
+    both = manifests(job_of(parcel), parcel)
+    assert "of-this-machine" not in json.dumps(both)
+    assert both[1]["metadata"]["annotations"]["ldm-batch/output"] == "s3://${env:BUCKET}/out"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/gcp/key.json"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/etc/aws/credentials"),
+    ],
+)
+def test_a_variable_that_only_sounds_like_a_secret_is_taken(name: str, value: str) -> None:
+    assert job_with(env={name: value}).cluster.env == {name: value}
+
+
 def test_gpus_are_those_that_a_stage_s_worker_needs_if_none_are_said(make_parcel: Make) -> None:
     stages = [{"op": "txt2img", "model": "builtin:shapes", "num_gpus": 0.5}]
     (group,) = the_rayjob(make_parcel(job={"stages": stages}))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -258,7 +296,16 @@ def job_with(**cluster: Any) -> Job:
         ({"queue": "q", "workers": [{"replicas": 2, "min_replicas": 0}]}, "fixed size"),
         ({"queue": "q", "workers": [{"name": "head"}]}, "none called head"),
         ({"env": {"AWS_SECRET_ACCESS_KEY": "x"}}, "looks like a secret"),
+        ({"env": {"AZURE_STORAGE_CONNECTION_STRING": "AccountKey=x"}}, "looks like a secret"),
+        ({"env": {"PROXY": "http://me:hush@proxy"}}, "looks like a secret"),
         ({"env": {"a b": "x"}}, "cluster.env"),
+        ({"head": {"node_selector": {"bad key!": "x"}}}, "cluster.head.node_selector"),
+        ({"head": {"node_selector": {"pool": "two words"}}}, "cluster.head.node_selector"),
+        ({"workers": [{"gpu_resource": "a b"}]}, "cluster.workers.0.gpu_resource"),
+        ({"head": {"tolerations": [{"operator": "Exists", "key": "a", "value": "b"}]}}, "Exists takes none"),
+        ({"head": {"tolerations": [{"value": "b"}]}}, "Equal needs one"),
+        ({"volumes": [{"claim": "c", "path": "/a/../etc/ldm-batch"}]}, "no folder of its own"),
+        ({"volumes": [{"claim": "c", "path": "/etc/ldm-batch/data"}]}, "mounted twice"),
         ({"secrets": ["../x"]}, "cluster.secrets.0"),
         ({"volumes": [{"path": "/x"}]}, "give either claim or secret"),
         ({"volumes": [{"claim": "c", "path": "relative"}]}, "cluster.volumes.0.path"),

@@ -57,7 +57,8 @@ def test_the_same_job_has_the_same_id_wherever_it_is_packed_and_another_one_has_
     assert first == packed(here)[0]
     assert first.startswith("my-job-")
     others = {packed(here, "seed=1")[0], packed(here, arguments=("--slice", "1/2"))[0], packed(here, "name=x")[0]}
-    assert len(others | {first}) == 4
+    (here / "rows/a.csv").write_text("prompt\nanother\n")
+    assert len(others | {first, packed(here)[0]}) == 5
 
 
 @pytest.mark.parametrize("name", ["a", "A" * 63, "9.lives_and-more", "x" + "." * 40 + "y"])
@@ -77,6 +78,8 @@ def test_an_id_is_a_name_for_ray_and_for_kubernetes(name: str) -> None:
             "source.storage_options={client_kwargs: {aws_session_token: abc}}",
             "aws_session_token: secrets do not",
         ),
+        ("sink.storage_options={connection_string: abc}", "connection_string: secrets do not"),
+        ("sink.storage_options={client_kwargs: {endpoint_url: 'http://me:abc@s3'}}", "endpoint_url: secrets do not"),
         ("sink.path=out", "sink.path out is relative to a folder of this machine"),
         ("stages.0.model=rows", "stages.0.model rows lies on this machine and does not travel"),
         ("source.path=nothing/*.csv", "source.path nothing/\\*.csv is not there; tables of this machine travel"),
@@ -93,6 +96,10 @@ def test_what_only_this_machine_has_is_refused_in_a_line(here: Path, override: s
         packed(here, override)
     assert "\n" not in str(refusal.value)
     assert "abc" not in str(refusal.value)
+
+
+def test_public_data_needs_no_secret(here: Path) -> None:
+    assert packed(here, "sink.storage_options={token: anon}")[1]["sink"]["storage_options"] == {"token": "anon"}
 
 
 def test_places_that_every_node_may_have_stay_as_they_are(here: Path) -> None:
