@@ -23,6 +23,7 @@ SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 TOKEN_SINCE, PRIORITY_SINCE = (2, 52), (2, 56)
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
+TLS = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 
 Manifest = dict[str, Any]
 Rule = Callable[[Manifest, Manifest], Iterator[str]]
@@ -223,6 +224,13 @@ def _cluster(manifest: Manifest, spec: Manifest) -> Iterator[str]:
         yield f"{at}.upgradeStrategy.type: not of a cluster that a RayJob makes; leave it out"
     yield from _history(f"{at}.historyServerOptions", cluster, [group for _, group in groups])
     yield from _network(f"{at}.networkPolicy", cluster)
+    if cluster.get("tlsOptions", {}).get("enabled"):
+        places = [(where, _env(group)) for where, group in groups]
+        places += [(f"{at}.autoscalerOptions", {one["name"]: "" for one in options.get("env", ())})]
+        for where, env in places:
+            for name in TLS:
+                if name in env:
+                    yield f"{where}: env {name} is KubeRay's own with tlsOptions; leave it out"
 
 
 def _worker_group(

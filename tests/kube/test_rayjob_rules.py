@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.rayjob_rules import violations
+from pipelines.rayjob_rules import TLS, violations
 
 ACCEPTED = sorted((Path(__file__).parent / "rayjobs").glob("*.yaml"))
 GONE = object()
@@ -168,6 +168,22 @@ OPERATOR: list[tuple[dict[str, Any], str, str]] = [
     ({f"{CONTAINER}.env": [{"name": "REDIS_PASSWORD", "value": "x"}]}, "fault_tolerant", "redisPassword"),
     ({"metadata.annotations": {"ray.io/ft-enabled": "true"}}, "fault_tolerant", "says it too"),
     ({"spec.rayClusterSpec.gcsFaultToleranceOptions.backend": "rocksdb"}, "fault_tolerant", "of the backend redis"),
+    (
+        {
+            "spec.rayClusterSpec.tlsOptions": {"enabled": True},
+            f"{CONTAINER}.env": [{"name": "RAY_USE_TLS", "value": "1"}],
+        },
+        "gpus",
+        "headGroupSpec: env RAY_USE_TLS is KubeRay's own",
+    ),
+    (
+        {
+            "spec.rayClusterSpec.tlsOptions": {"enabled": True},
+            "spec.rayClusterSpec.autoscalerOptions.env": [{"name": TLS[3]}],
+        },
+        "gpus",
+        "autoscalerOptions: env RAY_TLS_CA_CERT is KubeRay's own",
+    ),
     ({"spec.rayClusterSpec.upgradeStrategy": {"type": "Recreate"}}, "gpus", "upgradeStrategy.type"),
     ({"spec.rayClusterSpec.networkPolicy.mode": "DenyAllEgress"}, "fault_tolerant", "nothing is denied there"),
     ({"spec.shutdownAfterJobFinishes": GONE, "spec.suspend": False}, "kueue", "must be true under Kueue"),
