@@ -12,7 +12,7 @@ from pipelines.backend import ENDED, Parcel, Phase, Submission, Submissions, num
 from pipelines.errors import JobError, LdmError
 from pipelines.kube_api import KubeApi, Refused, place
 from pipelines.kube_checks import INSTALL, RAY, broken, findings, kueue
-from pipelines.rayjob import ID_LABEL, MANAGED, MAX_LINES, job_of, manifests
+from pipelines.rayjob import DRIVER, ID_LABEL, MANAGED, MAX_LINES, job_of, manifests
 from pipelines.rayjob_rules import QUEUE_LABEL
 
 OURS = f"app.kubernetes.io/managed-by={MANAGED['app.kubernetes.io/managed-by']}"
@@ -199,8 +199,8 @@ class KubeJobs:
         if id and id.replace("-", "").isalnum() and len(id) <= 63:
             known = self._all(id)
             found = known[-1] if known else self.api.find(self._place(id))
-            if found is not None and not MANAGED.items() <= found["metadata"].get("labels", {}).items():
-                # A RayJob of somebody else's: it is not ours to end.
+            # A RayJob of somebody else's is not ours to end; one of a RayCronJob has none of our labels.
+            if found is not None and not found["spec"].get("entrypoint", "").startswith(DRIVER):
                 found = None
         if found is None:
             raise JobError(

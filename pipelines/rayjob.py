@@ -23,6 +23,9 @@ from pipelines.rayjob_rules import QUEUE_LABEL, violations
 FOLDER = "/etc/ldm-batch"
 """Where every pod sees what travelled."""
 
+DRIVER = f"env --chdir={FOLDER} ldm-batch run {JOB_FILE} "
+"""How the entrypoint of each of our RayJobs begins."""
+
 MAX_FILES_BYTES = 900_000
 """A ConfigMap may have 1 MiB, and binary content grows by a third on its way."""
 
@@ -149,8 +152,7 @@ def entrypoint(arguments: tuple[str, ...]) -> str:
     No shell syntax is used for the working directory, therefore, and what failed in single rows (exit code 3) counts as
     done: KubeRay would make a new cluster for it again and again.
     """
-    command = ["ldm-batch", "run", JOB_FILE, "--dead-letters-ok", *arguments]
-    return shlex.join(["env", f"--chdir={FOLDER}", *command])
+    return DRIVER + shlex.join(["--dead-letters-ok", *arguments])
 
 
 def _contents(parcel: Parcel) -> dict[str, bytes]:

@@ -374,7 +374,11 @@ def test_a_pod_whose_image_or_secret_is_not_there_says_so() -> None:
 def test_a_rayjob_of_somebody_else_is_none_of_ours_to_end(kube: FakeKube, jobs: KubeJobs, make_parcel: Make) -> None:
     jobs.submit(parcel := make_parcel())
     theirs = kube.all(RAY, "rayjobs")[0]
-    kube.put(RAY, "rayjobs", {**theirs, "metadata": {"name": "training", "namespace": "default"}})
+    nightly, training = ({"name": name, "namespace": "default"} for name in ("nightly-x1", "training"))
+    # Of a RayCronJob.
+    kube.put(RAY, "rayjobs", {**theirs, "metadata": nightly})
+    assert jobs.get("nightly-x1").id == "nightly-x1"
+    kube.put(RAY, "rayjobs", {**theirs, "metadata": training, "spec": theirs["spec"] | {"entrypoint": "python x.py"}})
     with pytest.raises(JobError, match="training: no such submission"):
         jobs.cancel("training")
-    assert {one["metadata"]["name"] for one in kube.all(RAY, "rayjobs")} == {parcel.id, "training"}
+    assert {one["metadata"]["name"] for one in kube.all(RAY, "rayjobs")} == {parcel.id, "nightly-x1", "training"}
