@@ -71,7 +71,7 @@ def pack(path: Path, overrides: Sequence[str], arguments: Sequence[str], folder:
     (folder / JOB_FILE).write_text(job_yaml, encoding="utf-8")
     # Its tables too: of one that was changed, nobody must hear that it runs already.
     tables = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("data/*"))]
-    canonical = json.dumps([data, list(arguments), tables], sort_keys=True, default=str)
+    canonical = json.dumps([data, list(arguments), *tables], sort_keys=True, default=str)
     id = submission_id(job.name, canonical)
     return job, Parcel(id, job.name, job_yaml, folder, tuple(arguments))
 
