@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-QUANTITY = re.compile(r"(\d+(?:\.\d*)?)(m|[kMGTPE]|[KMGTPE]i)?")
+QUANTITY = re.compile(r"(\d+(?:\.\d*)?)(m|[kMGTPE]|[KMGTPE]i)?", re.ASCII)
 UNITS = {"m": 0.001, "": 1.0, "k": 1e3} | {unit: 1000.0 ** (i + 2) for i, unit in enumerate("MGTPE")}
 UNITS |= {f"{unit}i": 1024.0 ** (i + 1) for i, unit in enumerate("KMGTPE")}
 

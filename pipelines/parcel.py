@@ -97,7 +97,8 @@ def _refuse_relative(path: Path, job: Job, data: dict[str, Any]) -> None:
         )
     for i, stage in enumerate(data["stages"]):
         for name, place in _weights(stage):
-            if _is_relative(place) and Path(place).exists():
+            # Without a dot in front it may be a hub id.
+            if _is_relative(place) and (place.startswith(("./", "../", "~")) or Path(place).exists()):
                 raise JobError(
                     f"{path}: stages.{i}.{name} {place} lies on this machine and does not travel; use a hub id, "
                     "s3://…, or an absolute path that every node has"

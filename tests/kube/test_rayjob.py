@@ -290,6 +290,7 @@ def job_with(**cluster: Any) -> Job:
         ({"workers": [{"memory": "16GB"}]}, "a quantity such as"),
         ({"workers": [{"memory": "100Mi"}]}, "1Gi at least"),
         ({"workers": [{"cpus": 0}]}, "a quantity such as"),
+        ({"workers": [{"cpus": "٣"}]}, "a quantity such as"),
         ({"workers": [{"replicas": 2, "min_replicas": 3}]}, "3 is more than replicas, 2"),
         ({"workers": [{}, {}]}, "two groups have one name"),
         ({"workers": [{"spot": "azure"}]}, "cluster.workers.0.spot: "),

@@ -82,6 +82,7 @@ def test_an_id_is_a_name_for_ray_and_for_kubernetes(name: str) -> None:
         ("sink.storage_options={client_kwargs: {endpoint_url: 'http://me:abc@s3'}}", "endpoint_url: secrets do not"),
         ("sink.path=out", "sink.path out is relative to a folder of this machine"),
         ("stages.0.model=rows", "stages.0.model rows lies on this machine and does not travel"),
+        ("stages.0.model=./nothing", "stages.0.model ./nothing lies on this machine and does not travel"),
         ("source.path=nothing/*.csv", "source.path nothing/\\*.csv is not there; tables of this machine travel"),
         ("source={path: rows, format: images}", "source.path rows holds more than a table"),
         ("sink.c2pa={certificate: a.pem, private_key: /k.pem}", "sink.c2pa.certificate a.pem does not travel"),
