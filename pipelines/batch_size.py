@@ -43,10 +43,16 @@ def rows_at(batch_size: BatchSize, pixels: int) -> int:
     return max(1, batch_size[largest] * largest // pixels)
 
 
+def most_rows(batch_size: BatchSize) -> int:
+    """Rows of one device call on the pictures of which it takes most."""
+    return max(batch_size.values()) if isinstance(batch_size, dict) else rows_at(batch_size, 0)
+
+
 def pixels_of(row: Mapping[str, Any]) -> int:
-    """Of what an op is given for a row: its image, its latents, or the picture that is to be made; 0 of a caption."""
-    for given in ("image", "latents"):
+    """Of what an op is given for a row: its image, its latents, or the picture that is to be made, which a control image
+    may tell; 0 of a caption."""
+    for given in ("image", "latents", "control_image"):
         if row.get(given) is not None:
-            height, width = row[given].shape[:2] if given == "image" else row[given].shape[-2:]
+            height, width = row[given].shape[-2:] if given == "latents" else row[given].shape[:2]
             return int(height * width)
     return (row.get("height") or 0) * (row.get("width") or 0)

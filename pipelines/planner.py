@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ldm_ops.describe import WITH_T5, ModelFacts
 from pipelines import manifest
 from pipelines.adapters import StageAdapters, adapter_settings, identify_adapters
-from pipelines.batch_size import BatchSize, rows_at
+from pipelines.batch_size import BatchSize, most_rows, rows_at
 from pipelines.chunk import Chunk
 from pipelines.cutting import shard_of_batch
 from pipelines.errors import JobError
@@ -389,7 +389,13 @@ class _Planner:
         bucket = np.cumsum(change) - 1
         within = np.arange(table.num_rows) - starts[bucket]
         batches = np.diff(np.append(starts, table.num_rows))
-        size = np.array([rows_at(job.stage.batch_size, int(pixels)) for pixels in _pixels(table)[starts]])
+        # Where only the worker will see how large they are, no fewer than it may take, or it would fill up with padding.
+        sized = np.asarray(pc.and_(pc.is_valid(table["height"]), pc.is_valid(table["width"])))[starts]
+        pixels = _pixels(table)[starts].astype(int).tolist()
+        wanted = job.stage.batch_size
+        size = np.array(
+            [rows_at(wanted, px) if known else most_rows(wanted) for px, known in zip(pixels, sized, strict=True)]
+        )
         per_bucket = -(-batches // size)
         first_batch = np.concatenate([[0], np.cumsum(per_bucket)[:-1]])
         batch = first_batch[bucket] + within // size[bucket]

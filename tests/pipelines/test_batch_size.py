@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines import load_job, run
-from pipelines.batch_size import rows_at
+from pipelines.batch_size import pixels_of, rows_at
 from pipelines.errors import JobError
+from pipelines.job import parse_job
 from pipelines.measuring import best_size
+from pipelines.planner import check
 from pipelines.plans import read_plans
 from pipelines.storage import Store
 
@@ -53,6 +56,23 @@ def test_pictures_take_the_rows_of_the_next_larger_size_that_is_named() -> None:
     sizes: dict[int, int] = {4096: 16, 16384: 4}
     assert [rows_at(sizes, pixels) for pixels in (0, 4096, 4097, 16384, 32768, 1 << 20)] == [16, 16, 4, 4, 2, 1]
     assert rows_at(12, 1 << 20) == 12
+
+
+def test_a_control_image_tells_the_size_of_a_picture_that_has_none_else() -> None:
+    row = {"image": None, "latents": None, "control_image": np.zeros((64, 96, 3), np.uint8), "height": None}
+    assert pixels_of(row) == 64 * 96
+
+
+@pytest.mark.parametrize("size", [64, {0: 64}])
+def test_shards_of_rows_without_a_size_hold_whole_device_batches(size: Any, tmp_path: Path) -> None:
+    rows = [f"a red circle {i}" for i in range(200)]
+    stage = {"op": "embed", "model": "builtin:shapes", "batch_size": size}
+    job = {"source": {"rows": rows}, "stages": [stage], "sink": {"path": str(tmp_path / "out")}}
+    table = check(parse_job(json.dumps(job))).table
+    assert table is not None
+    # The null caption too.
+    shards = table["shard"].to_pylist()
+    assert [shards.count(shard) for shard in sorted(set(shards))] == [64, 64, 64, 9]
 
 
 @pytest.mark.parametrize("wrong", ["0", "4097", "atuo", "2.5", "{}", "{x: 3}", "{4096: 0}", "null"])
