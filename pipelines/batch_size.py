@@ -49,8 +49,8 @@ def most_rows(batch_size: BatchSize) -> int:
 
 
 def pixels_of(row: Mapping[str, Any]) -> int:
-    """Of what an op is given for a row: its image, its latents, or the picture that is to be made, which a control image
-    may tell; 0 of a caption."""
+    """Of what an op is given for a row: its image, its latents, or else its control image, or the size that the picture
+    is to have; 0 of a caption."""
     for given in ("image", "latents", "control_image"):
         if row.get(given) is not None:
             height, width = row[given].shape[-2:] if given == "latents" else row[given].shape[:2]

@@ -8,6 +8,7 @@ job again, makes the same bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from ldm_ops.describe import ModelFacts
 from ldm_ops.device import free_memory
 from pipelines.adapters import StageAdapters
-from pipelines.batch_size import BatchSize, pixels_of
+from pipelines.batch_size import BatchSize, pixels_of, rows_at
+from pipelines.blocks import unpack
 from pipelines.cluster import ray_cluster
 from pipelines.dataset import plain_error
 from pipelines.errors import JobError
@@ -33,7 +36,7 @@ from pipelines.loading import LoadShard, image_loader
 from pipelines.stages import AnyStage
 from pipelines.storage import Store
 from pipelines.weights import Weights, cache_folder
-from pipelines.worker import Place, Worker
+from pipelines.worker import ARRAYS, Place, Worker
 
 GAIN = 1.03
 """By how much a size has to be faster than half of it."""
@@ -70,7 +73,7 @@ class Timer(Worker):
         """
         planned = self._row(row)
         if planned["num_inference_steps"] is not None:
-            planned["num_inference_steps"] = min(planned["num_inference_steps"], MOST_STEPS)
+            planned["num_inference_steps"] = timed_steps(planned["num_inference_steps"], planned["strength"])
         batch = [planned] * size
         try:
             self.op.run(self.model, batch)
@@ -91,6 +94,11 @@ class Timer(Worker):
         for refused in self._equip({0: row}).values():
             raise BadImage(refused["error_type"], refused["error_message"])
         return row
+
+
+def timed_steps(num_inference_steps: int, strength: float | None) -> int:
+    """`num_inference_steps` of a picture that is only timed: of those that `strength` leaves to do, MOST_STEPS."""
+    return min(num_inference_steps, math.ceil(MOST_STEPS / (strength or 1.0)))
 
 
 def measured(
@@ -121,10 +129,10 @@ def measured(
     last = max(i for i, stage in enumerate(job.stages) if stage.batch_size == "auto")
     say("measuring batch_size: auto; starting Ray and loading the model …")
     with ray_cluster(address):
-        samples = list(_samples(job, equipped[0], rows))
+        tried = list(samples(job, equipped[0], rows))
         try:
             for i, one in enumerate(equipped[: last + 1]):
-                sizes, samples = _stage(i, one, job, samples, i < last, say)
+                sizes, tried = _stage(i, one, job, tried, i < last, say)
                 if one[0].batch_size == "auto":
                     found[i] = sizes
         except Exception as error:
@@ -140,9 +148,9 @@ def _frozen(job: Job, sizes: dict[int, BatchSize]) -> Job:
     return job.model_copy(update={"stages": stages})
 
 
-def _samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa.Table], int]]:
+def samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa.Table], int]]:
     """Of each size class of pictures, by powers of two: the largest ones with the most guidance and steps, loaded, and
-    how many rows there are."""
+    how many rows there are; of sizes that only the files tell, as many as a sample of them says."""
     stage, weights, facts, beside = first
     loader = image_loader(stage, facts, job.source, beside.size_multiple)
     store = Store(job.sink.path, job.sink.storage_options)
@@ -150,15 +158,32 @@ def _samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[p
     rows = rows.filter(pc.is_null(rows["problem"]))
     pixels = np.asarray(pc.fill_null(pc.multiply(rows["height"], rows["width"]), 0))
     guidance = np.asarray(pc.fill_null(rows["guidance_scale"], 0.0))
-    classes = np.ceil(np.log2(np.maximum(pixels, 1)))
+    classes = _size_class(pixels)
     for kind in np.unique(classes):
         members = np.flatnonzero(classes == kind)
         by_work = members[np.lexsort((-guidance[members], -pixels[members]))]
         # Where only the files know how large they are, some of all.
         chosen = by_work[:TRIES] if kind else members[:: max(1, len(members) // (4 * TRIES))]
         loaded = [load.load(rows.slice(int(i), 1)) for i in chosen]
-        if fine := [one for one in loaded if one["status"][0].as_py() is None]:
+        fine = [one for one in loaded if one["status"][0].as_py() is None]
+        if kind and fine:
             yield fine, len(members)
+            continue
+        brought = np.array([_brought(one) for one in fine])
+        kinds = _size_class(brought)
+        for its in np.unique(kinds):
+            alike = sorted(np.flatnonzero(kinds == its), key=lambda i: -brought[i])
+            yield [fine[i] for i in alike], max(1, len(members) * len(alike) // len(fine))
+
+
+def _size_class(pixels: NDArray[Any]) -> NDArray[np.float64]:
+    return np.asarray(np.ceil(np.log2(np.maximum(pixels, 1))))
+
+
+def _brought(loaded: pa.Table) -> int:
+    """Pixels of what a row brings."""
+    [row] = loaded.select(list(ARRAYS.values())).to_pylist()
+    return pixels_of({name: None if row[at] is None else unpack(row[at]) for name, at in ARRAYS.items()})
 
 
 def _stage(
@@ -189,7 +214,8 @@ def _stage(
             try:
                 pixels = ray.get(timer.pixels.remote(row))
                 if stage.batch_size == "auto" and pixels not in sizes:
-                    kind = _kind(index, one, row, pixels, ray.get(timer.device_name.remote()))
+                    most = min(MOST_ROWS, max(1, count))
+                    kind = _kind(index, one, row, pixels, ray.get(timer.device_name.remote()), most)
                     size = _recall(kind)
                     if size is None:
 
@@ -197,19 +223,22 @@ def _stage(
                             nonlocal timer
                             try:
                                 return ray.get(timer.time.remote(row, size))  # type: ignore[no-any-return]
-                            except ray.exceptions.RayActorError:
-                                # Where the kernel takes memory back, it takes the process.
+                            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+                                # Where the kernel or Ray's monitor takes memory back, it takes the process.
                                 timer = start.remote(place, op, weights)
                                 return None
 
                         curve: list[Timed] = []
-                        size = best_size(rate, min(MOST_ROWS, max(1, count)), curve)
+                        size = best_size(rate, most, curve)
                         _keep(kind, size)
                         shown = ", ".join(f"{n}: {'no room' if r is None else f'{r:.3g}'}" for n, r in curve)
                         say(f"stages.{index}.batch_size: {size} up to {pixels} px (rows/s at {shown})")
                     sizes[pixels] = size
                 if goes_on:
-                    made.append(([ray.get(timer.__call__.remote(row))], count))
+                    its_size: BatchSize = sizes if stage.batch_size == "auto" else stage.batch_size
+                    held = rows_at(its_size, pixels) * (1 if job.batches_per_shard == "auto" else job.batches_per_shard)
+                    # The last shards hold one batch of the first stage: a later stage would fill up with padding.
+                    made.append(([ray.get(timer.__call__.remote(row))], count if index else min(count, held)))
                 break
             except ray.exceptions.RayTaskError as error:
                 reason = (str(error.cause).strip().splitlines() or [type(error.cause).__name__])[0]
@@ -256,8 +285,8 @@ def _fitting(tried: Callable[[int], float | None], best: int, too_many: int, bes
     return best
 
 
-def _kind(index: int, one: Equipped, row: pa.Table, pixels: int, device: str) -> str:
-    """All that a throughput depends on, as a name."""
+def _kind(index: int, one: Equipped, row: pa.Table, pixels: int, device: str, most: int) -> str:
+    """All that a throughput depends on, and up to how many rows it was looked at, as a name."""
     stage, weights, _, beside = one
     packages = ("ldm-batch", "torch", "diffusers", "transformers")
     [planned] = row.select(
@@ -270,9 +299,12 @@ def _kind(index: int, one: Equipped, row: pa.Table, pixels: int, device: str) ->
         planned if not index else None,
         pixels,
         device,
+        stage.num_gpus,
         stage.num_threads,
         os.cpu_count() if device == "cpu" else None,
         [version(name) for name in packages],
+        # The last of the sizes that are doubled: few rows must not tell a later job of many what is best.
+        most.bit_length(),
     ]
     return digest(said)[:32]
 

@@ -389,7 +389,7 @@ class _Planner:
         bucket = np.cumsum(change) - 1
         within = np.arange(table.num_rows) - starts[bucket]
         batches = np.diff(np.append(starts, table.num_rows))
-        # Where only the worker will see how large they are, no fewer than it may take, or it would fill up with padding.
+        # Of a size that only the worker will see, no fewer than it may take, or it would fill up with padding.
         sized = np.asarray(pc.and_(pc.is_valid(table["height"]), pc.is_valid(table["width"])))[starts]
         pixels = _pixels(table)[starts].astype(int).tolist()
         wanted = job.stage.batch_size

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines import load_job, run
 from pipelines.batch_size import pixels_of, rows_at
 from pipelines.errors import JobError
 from pipelines.job import parse_job
-from pipelines.measuring import best_size
-from pipelines.planner import check
+from pipelines.measuring import best_size, samples, timed_steps
+from pipelines.planner import check, plan
 from pipelines.plans import read_plans
 from pipelines.storage import Store
 
@@ -73,6 +74,33 @@ def test_shards_of_rows_without_a_size_hold_whole_device_batches(size: Any, tmp_
     # The null caption too.
     shards = table["shard"].to_pylist()
     assert [shards.count(shard) for shard in sorted(set(shards))] == [64, 64, 64, 9]
+
+
+def test_a_picture_that_is_only_timed_has_steps_left_to_do_at_any_strength() -> None:
+    assert [timed_steps(50, strength) for strength in (None, 1.0, 0.5, 0.1)] == [8, 8, 16, 50]
+    assert all(int(timed_steps(1000, percent / 100) * percent / 100) >= 7 for percent in range(1, 101))
+    assert timed_steps(4, 1.0) == 4
+
+
+def test_images_of_sizes_that_only_their_files_tell_are_measured_by_size(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    sides = [64] * 6 + [128] * 3 + [256] * 3
+    for i, side in enumerate(sides):
+        Image.fromarray(np.full((side, side, 3), i, np.uint8)).save(tmp_path / "in" / f"{i:02d}.png")
+    (tmp_path / "in" / "99.png").write_bytes(b"no picture")
+    stage = {"op": "encode", "model": "builtin:shapes", "batch_size": "auto"}
+    source = {"path": str(tmp_path / "in"), "format": "images"}
+    job = parse_job(json.dumps({"source": source, "stages": [stage], "sink": {"path": str(tmp_path / "out")}}))
+    seen: list[tuple[int, int]] = []
+
+    def measure(job: Any, models: Any, adapters: Any, rows: Any, known: Any) -> Any:
+        for tables, count in samples(job, (job.stage, *models[0], adapters[0]), rows):
+            seen.append((count, len(tables)))
+        return job
+
+    plan(job, measure=measure)
+    # 13 files, one of which is none: shares of them.
+    assert seen == [(6, 6), (3, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("wrong", ["0", "4097", "atuo", "2.5", "{}", "{x: 3}", "{4096: 0}", "null"])
