@@ -55,7 +55,9 @@ class Op(BaseModel, ABC):
         """Whether a smaller batch may help."""
         # By name: torch is not imported here, and its CPU allocator raises a plain RuntimeError.
         named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-        return named or "allocate memory" in str(error) or "not enough memory" in str(error)
+        # Beside its own allocator's errors CUDA has some for pinned memory and for libraries' workspaces.
+        said = ("allocate memory", "not enough memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+        return named or any(words in str(error) for words in said)
 
 
 class RowRefused(ValueError):

@@ -280,7 +280,7 @@ def _run(op: Op, model: Any, rows: Sequence[Row], say: Callable[[str], None]) ->
     try:
         return op.run(model, rows)
     except Exception as error:
-        if "CUDA error" in str(error):
+        if "CUDA error" in str(error) and not op.is_out_of_memory(error):
             # A poisoned context fails every later row too; only a new process is clean.
             say(first_line(error))
             os._exit(1)

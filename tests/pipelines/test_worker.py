@@ -64,6 +64,21 @@ def test_a_batch_that_does_not_fit_is_halved_and_says_so(size: int, memory: int,
     assert {r["batch_size"] for r in results} == {expected}
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"],
+)
+def test_memory_that_cuda_itself_lacks_halves_the_batch_and_ends_no_process(words: str) -> None:
+    class Short(Fragile):
+        def run(self, model: list[int], rows: Sequence[Row]) -> list[dict[str, Any]]:
+            if len(rows) > self.memory:
+                raise RuntimeError(f"{words}\nCUDA kernel errors might be reported later")
+            return super().run(model, rows)
+
+    results = make(Short(memory=2), [], [{"n": i} for i in range(4)], 4)
+    assert [(r["status"], r["batch_size"]) for r in results] == [("ok", 2)] * 4
+
+
 def test_a_lora_that_finds_room_beside_a_smaller_batch_is_no_fault_of_its_row(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
