@@ -22,6 +22,13 @@ from pipelines.stages import Adapted, AnyStage, Buckets, ImageInput, Pool, Resiz
 BROUGHT_BY_ROWS = ("height", "width", "num_inference_steps", "guidance_scale", "strength", "lora", "lora_scale")
 """Columns that give an option of the stage its meaning, or have none without one."""
 
+HALVES = ("StableDiffusion", "PixArt", "Kolors", "HunyuanDiT", "AuraFlow", "Sana")
+"""How the pipelines begin (diffusers 0.42) whose denoiser sees the negative prompts, then the prompts, in one call.
+
+FLUX has no second half, Lumina has them the other way round, with perturbed attention (PAG) there are others, and
+Qwen-Image, CogView4 and more call twice a step.
+"""
+
 Unused = Iterator[tuple[str, str]]
 """(path of a field, why it has no effect and what to do)."""
 
@@ -132,8 +139,8 @@ def _of_accelerate(stage: Pool, accelerate: Accelerate, facts: ModelFacts) -> Un
         yield "fuse_qkv", f"{model}, which does not know it; leave it out"
         if accelerate.compile == "regional":
             yield "compile", f"{model}, whose U-Net has no repeated blocks; use full"
-    if facts.pipeline.startswith("Flux"):
-        yield "guidance_interval", f"{model}, which is guided without a second half; leave it out"
+    elif not facts.pipeline.startswith(HALVES) or "PAG" in facts.pipeline:
+        yield "guidance_interval", f"{model}, not known to be guided by two halves of one batch; leave it out"
     if not (Path(facts.folder) / "unet").is_dir():
         yield "deep_cache", f"{model}, which has no U-Net; leave it out"
     if isinstance(stage.batch_size, int) and (accelerate.vae_batch_size or 0) >= stage.batch_size:

@@ -39,6 +39,11 @@ def rows(count: int = 3, steps: int = 8, **values: Any) -> list[dict[str, Any]]:
     return [row(seed=i, **size, **values) for i in range(count)]
 
 
+def beside_others(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row among other rows: in any order the same ones have the same largest number."""
+    return [batch[0], *({**one, "prompt": "a green square", "seed": 90 + one["seed"]} for one in batch[1:])]
+
+
 def made(op: Txt2Img, model: Pipeline, batch: list[dict[str, Any]]) -> Pictures:
     return np.stack([output["image"] for output in op.run(model, batch)])
 
@@ -154,6 +159,7 @@ def test_a_row_does_not_notice_its_neighbours(tiny_model: Path, accelerate: dict
     batch = rows(4)
     forth, back = made(op, model, batch), made(op, model, batch[::-1])[::-1]
     assert np.array_equal(forth, back)
+    assert np.array_equal(forth[0], made(op, model, beside_others(batch))[0])
 
 
 def test_pictures_are_decoded_a_few_at_a_time(tiny_model: Path, exact: Pictures) -> None:
@@ -240,6 +246,7 @@ def test_linear_layers_compute_in_int8(tiny_model: Path, exact: Pictures) -> Non
     )
     assert 30 < psnr(pictures, exact) < 90
     assert np.array_equal(pictures, made(op, model, rows()[::-1])[::-1])
+    assert np.array_equal(pictures[0], made(op, model, beside_others(rows()))[0])
 
 
 def tiny_vae(folder: Path, latent_channels: int = 4) -> Path:

@@ -10,10 +10,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from ldm_ops.describe import ModelFacts
 from pipelines.errors import JobError
 from pipelines.job import Job, Sink, Source, parse_job
 from pipelines.planner import Planned, check, plan
 from pipelines.stages import STAGES
+from pipelines.unused import unused
 from tests import models
 from tests.ldm_ops.rows import picture
 
@@ -406,3 +408,31 @@ def table_row(planned: Planned) -> dict[str, Any]:
     assert planned.table is not None
     [row] = planned.table.to_pylist()
     return dict(row)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "fits"),
+    [
+        ("StableDiffusionXLPipeline", True),
+        ("PixArtSigmaPipeline", True),
+        ("FluxPipeline", False),
+        ("LuminaPipeline", False),
+        ("QwenImagePipeline", False),
+        ("StableDiffusionPAGPipeline", False),
+    ],
+)
+def test_guidance_has_an_interval_where_its_halves_are_known(pipeline: str, fits: bool) -> None:
+    stage = {"op": "txt2img", "model": "x", "accelerate": {"guidance_interval": [0.2, 0.8]}}
+    job = parse_job(yaml.safe_dump({"source": {"rows": ["a"]}, "stages": [stage], "sink": {"path": "out"}}))
+    facts = ModelFacts(
+        pipeline=pipeline,
+        size_multiple=8,
+        default_height=64,
+        default_width=64,
+        scheduler="ddim",
+        flow_matching=False,
+        has_safety_checker=False,
+        ops=frozenset({"txt2img"}),
+    )
+    refused = "stages.0.accelerate.guidance_interval" in {path for path, _ in unused(job, [facts])}
+    assert refused != fits
