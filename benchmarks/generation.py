@@ -14,7 +14,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -57,15 +59,26 @@ def through_the_job(prompts: list[str], batch_size: int) -> tuple[float, float]:
 
 
 def span_s(output: Path) -> float:
-    """Seconds from the first device call to the last part."""
-    rows = read_manifest(output, ["shard", "created_at", "duration_s"]).to_pylist()
-    end = max(row["created_at"].timestamp() for row in rows)
-    begin = min(
-        min(r["created_at"].timestamp() for r in rows if r["shard"] == shard)
-        - sum(r["duration_s"] for r in rows if r["shard"] == shard)
-        for shard in {row["shard"] for row in rows}
+    """Seconds from the first device call to the last part, of an output on a disk.
+
+    When a call begins is written down nowhere. A shard's first row is packed after all calls of it; for the first shard
+    of all that may be seconds later, as whoever packs it has to start. A worker's last one is packed after all calls of
+    it, without that wait, but there may be gaps between them. Both say too late a begin; the earlier is taken.
+    """
+    rows = read_manifest(output, ["shard", "worker", "created_at", "duration_s"]).to_pylist()
+    begin = min(_begin(rows, "shard", min), _begin(rows, "worker", max))
+    # A row's own time is from before its picture is encoded, and its part committed.
+    return max(part.stat().st_mtime for part in output.glob("manifest/**/*.parquet")) - begin
+
+
+def _begin(rows: list[dict[str, Any]], of: str, which: Callable[[Iterable[float]], float]) -> float:
+    alike: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(row[of], []).append(row)
+    return min(
+        which(row["created_at"].timestamp() for row in some) - sum(row["duration_s"] for row in some)
+        for some in alike.values()
     )
-    return end - begin
 
 
 def main() -> None:

@@ -5,10 +5,12 @@
     busy-250   16 pictures of 512 px in 250 ms, through PNG files by fpng, digests and manifest: ideal time ÷ span, one
                worker
     busy-50    32 images of 256 px in 50 ms, from JPEG files to latents: the same
-    scale-out  rows a second of 8 workers at 250 ms a batch ÷ 8 × those of one
+    scale-out  batches a second of 8 workers at 250 ms each ÷ 8 × those of one, while all of them work: without the
+               start and the tail of a run
     shards     shards a second that one driver moves, a device batch taking no time; and the driver's own CPU time
     million    1,000,000 rows, a device batch of 64 taking no time, tiny pictures into a Parquet file a shard: rows a
-               second, and the driver's memory when a tenth of the shards are done, at the end, and at most
+               second of the last nine tenths of the shards, and the driver's memory when a tenth of them are done, at
+               the end, and at most
 
 The span is from the begin of a worker's first batch to the end of its last one. The peer's actor is the same sleep
 under Ray Data's defaults, its pictures encoded by the same encoder and written in tasks behind it.
