@@ -33,6 +33,7 @@ from pipelines.fitting import TASK_CPUS, fit, selector
 from pipelines.inputs import BadImage
 from pipelines.job import Job, digest
 from pipelines.loading import LoadShard, image_loader
+from pipelines.planner import buckets_of
 from pipelines.stages import AnyStage
 from pipelines.storage import Store
 from pipelines.weights import Weights, cache_folder
@@ -150,7 +151,7 @@ def _frozen(job: Job, sizes: dict[int, BatchSize]) -> Job:
 
 def samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa.Table], int]]:
     """Of each size class of pictures, by powers of two: the largest ones with the most guidance and steps, loaded, and
-    how many rows there are; of sizes that only the files tell, as many as a sample of them says."""
+    how many rows one of them can share a batch with; of sizes that only the files tell, as a sample of them says."""
     stage, weights, facts, beside = first
     loader = image_loader(stage, facts, job.source, beside.size_multiple)
     store = Store(job.sink.path, job.sink.storage_options)
@@ -159,6 +160,8 @@ def samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa
     pixels = np.asarray(pc.fill_null(pc.multiply(rows["height"], rows["width"]), 0))
     guidance = np.asarray(pc.fill_null(rows["guidance_scale"], 0.0))
     classes = _size_class(pixels)
+    bucket = buckets_of(rows)
+    alike = np.bincount(bucket)[bucket]
     for kind in np.unique(classes):
         members = np.flatnonzero(classes == kind)
         by_work = members[np.lexsort((-guidance[members], -pixels[members]))]
@@ -166,14 +169,16 @@ def samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa
         chosen = by_work[:TRIES] if kind else members[:: max(1, len(members) // (4 * TRIES))]
         loaded = [load.load(rows.slice(int(i), 1)) for i in chosen]
         fine = [one for one in loaded if one["status"][0].as_py() is None]
+        # Half of the rows have as many beside them: more than that would be padding.
+        count = int(np.median(alike[members]))
         if kind and fine:
-            yield fine, len(members)
+            yield fine, count
             continue
         brought = np.array([_brought(one) for one in fine])
         kinds = _size_class(brought)
         for its in np.unique(kinds):
-            alike = sorted(np.flatnonzero(kinds == its), key=lambda i: -brought[i])
-            yield [fine[i] for i in alike], max(1, len(members) * len(alike) // len(fine))
+            same = sorted(np.flatnonzero(kinds == its), key=lambda i: -brought[i])
+            yield [fine[i] for i in same], max(1, count * len(same) // len(fine))
 
 
 def _size_class(pixels: NDArray[Any]) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ldm_ops.describe import WITH_T5, ModelFacts
 from pipelines import manifest
@@ -378,15 +379,8 @@ class _Planner:
         return self.measure(self.job, self.models, self.adapters, table, known)
 
     def _cut(self, job: Job, table: pa.Table) -> tuple[Plan, pa.Table, list[dict[str, Any]]]:
-        change = np.zeros(table.num_rows, dtype=bool)
-        change[0] = True
-        for name in BUCKET:
-            codes = np.asarray(pc.fill_null(table[name].combine_chunks().dictionary_encode().indices, -1))
-            change[1:] |= codes[1:] != codes[:-1]
-        negative = np.asarray(has_negative(table))
-        change[1:] |= negative[1:] != negative[:-1]
-        starts = np.flatnonzero(change)
-        bucket = np.cumsum(change) - 1
+        bucket = buckets_of(table)
+        starts = np.flatnonzero(np.diff(bucket, prepend=-1))
         within = np.arange(table.num_rows) - starts[bucket]
         batches = np.diff(np.append(starts, table.num_rows))
         # Of a size that only the worker will see, no fewer than it may take, or it would fill up with padding.
@@ -443,6 +437,17 @@ class _Planner:
             if not first["problem"][i].is_valid
         ]
         return plan, table, buckets
+
+
+def buckets_of(table: pa.Table) -> NDArray[np.int64]:
+    """The number, from 0, of what is equal in each row's batch; of planned rows, one at least, in the plan's order."""
+    change = np.zeros(table.num_rows, dtype=bool)
+    for name in BUCKET:
+        codes = np.asarray(pc.fill_null(table[name].combine_chunks().dictionary_encode().indices, -1))
+        change[1:] |= codes[1:] != codes[:-1]
+    negative = np.asarray(has_negative(table))
+    change[1:] |= negative[1:] != negative[:-1]
+    return np.cumsum(change)
 
 
 def _pixels(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:

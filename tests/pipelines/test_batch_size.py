@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines import load_job, run
 from pipelines.batch_size import pixels_of, rows_at
 from pipelines.errors import JobError
-from pipelines.job import parse_job
+from pipelines.job import Job, parse_job
 from pipelines.measuring import best_size, samples, timed_steps
 from pipelines.planner import check, plan
 from pipelines.plans import read_plans
@@ -91,16 +91,29 @@ def test_images_of_sizes_that_only_their_files_tell_are_measured_by_size(tmp_pat
     stage = {"op": "encode", "model": "builtin:shapes", "batch_size": "auto"}
     source = {"path": str(tmp_path / "in"), "format": "images"}
     job = parse_job(json.dumps({"source": source, "stages": [stage], "sink": {"path": str(tmp_path / "out")}}))
+    # 13 files, one of which is none: shares of them.
+    assert sampled(job) == [(6, 6), (3, 3), (3, 3)]
+
+
+def test_rows_are_counted_that_can_share_a_batch(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a red circle {i}", "guidance_scale": 1 + i % 4} for i in range(40)]
+    rows += [{"prompt": f"a red circle {i}", "height": 128, "width": 128} for i in range(7)]
+    stage = {"op": "txt2img", "model": "builtin:shapes", "batch_size": "auto"}
+    job = parse_job(json.dumps({"source": {"rows": rows}, "stages": [stage], "sink": {"path": str(tmp_path / "out")}}))
+    assert sampled(job) == [(10, 3), (7, 3)]
+
+
+def sampled(job: Job) -> list[tuple[int, int]]:
+    """Of each kind of rows that would be measured: how many count, and how many were loaded."""
     seen: list[tuple[int, int]] = []
 
-    def measure(job: Any, models: Any, adapters: Any, rows: Any, known: Any) -> Any:
+    def measure(job: Job, models: Any, adapters: Any, rows: Any, known: Any) -> Job:
         for tables, count in samples(job, (job.stage, *models[0], adapters[0]), rows):
             seen.append((count, len(tables)))
         return job
 
     plan(job, measure=measure)
-    # 13 files, one of which is none: shares of them.
-    assert seen == [(6, 6), (3, 3), (3, 3)]
+    return seen
 
 
 @pytest.mark.parametrize("wrong", ["0", "4097", "atuo", "2.5", "{}", "{x: 3}", "{4096: 0}", "null"])
