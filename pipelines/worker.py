@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,9 +76,6 @@ ARRAYS = {
 }
 """What an op calls them: how they travel."""
 
-_TOLD = ("seed", "num_inference_steps", "guidance_scale", "scheduler", "strength")
-
-
 STALE_S = 1.0
 """How old a permit may be when a shard is begun: to look again is a request, for which the device would wait."""
 
@@ -110,7 +107,9 @@ class Worker:
         self.device = device_name(op.device)
         self.safe_size: dict[tuple[Any, ...], int] = {}
         self.name = f"{socket.gethostname()}:{os.getpid()}"
-        self.device_lock = threading.Lock()
+        # Always the same one: what torch records for `cuda_graphs` belongs to the thread that recorded it (2.13; before
+        # that another thread's call fails). How many threads torch takes belongs to the calling one too.
+        self.device_thread = ThreadPoolExecutor(1, "device", set_threads, (place.stage.num_threads,))
         self.busy = Busy(place.stage.op, self.name)
 
     def __call__(self, shard: pa.Table) -> pa.Table:
@@ -122,19 +121,23 @@ class Worker:
             return shard
         fresh = {i: self.place.row(planned) for i, planned in enumerate(rows) if planned["status"] is None}
         # Two calls at a time: one has the device while the other's rows come in, or its results are packed.
-        with self.device_lock:
-            # The other shard may have taken minutes.
-            if self.permit is not None and time.monotonic() - asked > STALE_S and self.permit.is_over:
-                return shard.slice(0, 0)
-            made = self._make(rows[0], fresh)
+        made = self.device_thread.submit(self._in_turn, asked, rows[0], fresh).result()
+        if made is None:
+            return shard.slice(0, 0)
         results = [{field.name: row[field.name] for field in RESULT_FIELDS} for row in rows]
         for i, result in made.items():
             results[i] |= self._done(rows[i], result, fresh[i])
         return with_results(shard, results)
 
+    def _in_turn(self, asked: float, first: Row, fresh: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]] | None:
+        # The other shard may have taken minutes.
+        if self.permit is not None and time.monotonic() - asked > STALE_S and self.permit.is_over:
+            return None
+        return self._make(first, fresh)
+
     def _make(self, first: Row, fresh: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """The results of a shard's `fresh` rows, each by its place in the shard, as `first` one's plan has it."""
-        # Inside the lock: what a process leaves of its end tells of one piece of work.
+        # One after the other: what a process leaves of its end tells of one piece of work.
         record = self._record(first)
         made: dict[int, dict[str, Any]] = {}
         if record and record.deaths:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipelines
+from ldm_ops.adapters import NO_ADAPTERS, Adapters
 from ldm_ops.op import Op, Row
 from ldm_ops.txt2img import Txt2Img
+from pipelines.blocks import with_results
 from pipelines.heartbeat import Permit, ask_to_stop
-from pipelines.job import Job
+from pipelines.job import Job, parse_job
 from pipelines.loading import LoadShard, place
+from pipelines.planner import check
 from pipelines.storage import Store
 from pipelines.worker import STALE_S, Place, Worker, make
 from tests import models
@@ -140,3 +145,31 @@ def test_a_shard_that_waits_for_the_device_is_not_begun_once_a_stop_was_asked(
         assert doing.result(30)["status"].to_pylist() == ["ok"]
         assert waiting.result(30).num_rows == 0
     assert len(Held.begun) == 1
+
+
+class Threaded(Txt2Img):
+    """Its model is a list of the threads that it is called in: on, and off again."""
+
+    def load(self, folder: Path, adapters: Adapters = NO_ADAPTERS) -> Any:
+        return []
+
+    def run(self, model: Any, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        model.append(threading.get_ident())
+        time.sleep(0.01)
+        model.append(threading.get_ident())
+        return [{"image": np.zeros((8, 8, 3), np.uint8), "nsfw": None, "intermediates": []} for _ in rows]
+
+
+def test_one_thread_alone_has_the_device_whoever_brings_the_shards(tmp_path: Path) -> None:
+    stage = {"op": "txt2img", "model": "builtin:shapes", "batch_size": 2}
+    source = {"rows": [f"a red circle {i}" for i in range(6)]}
+    job = parse_job(json.dumps({"source": source, "stages": [stage], "sink": {"path": str(tmp_path / "out")}}))
+    planned = check(job)
+    assert planned.table is not None
+    shard = with_results(planned.table, [{}] * 6)
+    worker = Worker(Place(job.stage, 0, True, None), Threaded(**job.stage.bare().model_dump()), planned.models[0][0])
+    with ThreadPoolExecutor(4) as callers:
+        done = list(callers.map(worker, [shard] * 8))
+    assert all(table["status"].to_pylist() == ["ok"] * 6 for table in done)
+    assert len(worker.model) == 2 * 3 * 8
+    assert len(set(worker.model)) == 1
