@@ -199,3 +199,23 @@ def test_rows_that_cannot_be_loaded_are_told_in_one_line(tmp_path: Path, tiny_mo
     job.write_text(json.dumps(value))
     with pytest.raises(JobError, match="auto cannot be measured .*; mend the rows, or give a number$"):
         run(load_job(job))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_later_stage_is_measured_at_any_strength_and_gets_no_more_rows_than_a_shard_holds(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    job = job_file(tmp_path, str(tiny_model))
+    value = json.loads(job.read_text())
+    value["source"]["rows"] = value["source"]["rows"][:5]
+    value["stages"][0]["batch_size"] = 2
+    # Of eight steps none would be done.
+    repaint = {"op": "img2img", "model": str(tiny_model), "strength": 0.1, "num_inference_steps": 20}
+    value["stages"].append({**repaint, "batch_size": "auto"})
+    job.write_text(json.dumps(value))
+    assert run(load_job(job)).exit_code == 0
+    [plan] = read_plans(Store(str(tmp_path / "out")))
+    [(pixels, rows)] = plan.job["stages"][1]["batch_size"].items()
+    assert pixels == "4096"
+    assert rows in (1, 2)
