@@ -321,6 +321,8 @@ ALWAYS = {
         "workers",
         "num_gpus",
         "num_cpus",
+        "accelerator_type",
+        "labels",
         "num_threads",
         "batch_timeout_s",
     ),
