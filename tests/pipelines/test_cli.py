@@ -153,7 +153,7 @@ def wait_for_a_part(out: Path, process: subprocess.Popen[str]) -> None:
 def test_interrupted_terminated_and_resumed_gives_the_bytes_of_an_undisturbed_run(
     ldm_batch: LdmBatch, job_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = job_file(num_rows=40, steps=12)
+    path = job_file(num_rows=60, steps=30)
     run = start(path)
     wait_for_a_part(tmp_path / "out", run)
     second = ldm_batch("run", path)
@@ -168,14 +168,14 @@ def test_interrupted_terminated_and_resumed_gives_the_bytes_of_an_undisturbed_ru
         assert "shards in flight are finished first" in stderr
         assert "Traceback" not in stderr
         before, done = done, len(reader.rows(tmp_path / "out"))
-        assert before < done < 40
+        assert before < done < 60
         assert not (tmp_path / "out" / "_SUCCESS").exists()
         if number == signal.SIGINT:
             run = start(path)
             wait_for_a_part(tmp_path / "out", run)
     resumed = ldm_batch("run", path, "--json")
     assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["num_new_rows"] == 40 - done
+    assert json.loads(resumed.stdout)["num_new_rows"] == 60 - done
     elsewhere = json.loads(ldm_batch("run", path, "--set", f"sink.path={tmp_path / 'other'}", "--json").stdout)
     assert reader.contents(tmp_path / "out") == reader.contents(tmp_path / "other")
     assert json.loads(resumed.stdout)["totals"]["digest"] == elsewhere["totals"]["digest"]
