@@ -317,6 +317,8 @@ class TakenOver:
         if word == self.at:
             (next(self.runs.iterdir()) / "stop").touch()
 
+    def measured(self, text: str) -> None: ...
+
     def planned(self, *_: Any) -> None:
         self._take("planned")
 
