@@ -433,6 +433,8 @@ class Loses:
     def __init__(self, out: Path) -> None:
         self.out = out
 
+    def measured(self, text: str) -> None: ...
+
     def planned(self, *_: Any) -> None:
         for path in self.out.glob("_ldm/plans/*/rows-*.parquet"):
             path.unlink()
