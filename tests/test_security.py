@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import pickle
 import subprocess
 import sys
@@ -138,6 +139,8 @@ def test_an_output_from_a_stranger_names_no_place_outside_of_itself(
         read_plans(Store(str(tmp_path / "out")))
 
 
+AGENT_PORT = 52365
+
 PROBE = """
 import os, sys, time, urllib.error, urllib.request
 from pathlib import Path
@@ -184,7 +187,10 @@ print("answers:", sorted({code for some in codes.values() for code in some}))
 
 def test_no_port_of_a_cluster_of_our_own_takes_a_job_from_a_stranger(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    has_agent = find_spec("aiohttp_cors") is not None
+    # Every node's agent wants the same port: beside another Ray on this machine, ours has none and takes no jobs.
+    with socket.socket() as tried:
+        is_taken = tried.connect_ex(("127.0.0.1", AGENT_PORT)) == 0
+    has_agent = find_spec("aiohttp_cors") is not None and not is_taken
     found = subprocess.run(
         [sys.executable, "-c", PROBE, str(tmp_path / "owned"), str(has_agent)],
         capture_output=True,
