@@ -229,6 +229,8 @@ class Remover:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def measured(self, text: str) -> None: ...
+
     def planned(self, *_: Any) -> None:
         self.path.unlink()
 
