@@ -150,7 +150,6 @@ def wait_for_a_part(out: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError("no part in a minute")
 
 
-@pytest.mark.timeout(300)
 def test_interrupted_terminated_and_resumed_gives_the_bytes_of_an_undisturbed_run(
     ldm_batch: LdmBatch, job_file: Callable[..., Path], tmp_path: Path
 ) -> None:
