@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ldm_ops.encode import Encode
 from ldm_ops.op import Op
 from ldm_ops.txt2img import Txt2Img
 from ldm_ops.upscale import Upscale
-from pipelines.images import encode
+from pipelines.images import PngEncoder, encode
 from pipelines.inputs import Loaded, Loader
 
 CORES = os.cpu_count() or 1
@@ -123,10 +124,10 @@ def peer_pictures(line: Line, weights: Path, device: str, dtype: torch.dtype) ->
 
 def our_pictures(line: Line, op: Op, model: Any) -> Callable[[int, Path], None]:
     """The op, and a job's own encoder beside it."""
-    fast = "fpng" if importlib.util.find_spec("fpng") else "pillow"
+    fast: PngEncoder = "fpng" if importlib.util.find_spec("fpng") else "pillow"
 
     def write(picture: NDArray[np.uint8], path: Path) -> None:
-        path.write_bytes(encode(picture, "png", png_encoder=fast))  # type: ignore[arg-type]
+        path.write_bytes(encode(picture, "png", png_encoder=fast))
 
     def run(size: int, out: Path) -> None:
         with ThreadPoolExecutor(CORES) as pool:
@@ -241,9 +242,9 @@ def measure(line: Line, weights: Path, scratch: Path, device: str, dtype: torch.
         theirs = peer_pictures(line, weights, device, dtype)
         ours = {name: our_pictures(line, op, loaded[name]) for name, op in ops.items()}
     for size in line.peer_batches:
-        run[f"peer_{size}"] = lambda size=size: theirs(size, out)  # type: ignore[misc]
+        run[f"peer_{size}"] = partial(theirs, size, out)
     for name in ours:
-        run[name] = lambda name=name: ours[name](case.batch_size, out)  # type: ignore[misc]
+        run[name] = partial(ours[name], case.batch_size, out)
     warm_up, times = {}, {name: [] for name in run}  # type: dict[str, float], dict[str, list[float]]
     with torch.inference_mode():
         for turn in range(rounds + 1):

@@ -227,7 +227,8 @@ def _stage(
                         def rate(size: int, row: pa.Table = row) -> float | None:
                             nonlocal timer
                             try:
-                                return ray.get(timer.time.remote(row, size))  # type: ignore[no-any-return]
+                                found: float | None = ray.get(timer.time.remote(row, size))
+                                return found
                             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
                                 # Where the kernel or Ray's monitor takes memory back, it takes the process.
                                 timer = start.remote(place, op, weights)

@@ -273,7 +273,7 @@ def _client_class() -> Any:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(name, None)
     try:
-        import aiohttp  # noqa: F401
+        import aiohttp  # noqa: F401 - Ray's client goes without these two until it is used
         import requests  # noqa: F401
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
