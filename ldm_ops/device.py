@@ -53,6 +53,16 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def keep_to_share(num_gpus: float) -> None:
+    """Let this process take no more of its GPU's memory than its share, where that is less than a whole one: what runs
+    out of memory is then its own batch, and not that of another process beside it."""
+    if 0 < num_gpus < 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(num_gpus)
+
+
 def device_name(device: str) -> str:
     """What a manifest says of a device: the GPU's name, mps or cpu."""
     import torch

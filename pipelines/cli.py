@@ -104,7 +104,14 @@ def check(job: JobPath, set_: Set = None, limit: Limit = None, as_json: Json = F
 
 
 @app.command()
-def plan(job: JobPath, set_: Set = None, limit: Limit = None, extend: Extend = False, as_json: Json = False) -> None:
+def plan(
+    job: JobPath,
+    set_: Set = None,
+    limit: Limit = None,
+    extend: Extend = False,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Write the plan into the output and show it: rows, duplicates, batches, shards, what is left."""
     with one_line_errors(as_json):
         from functools import partial
@@ -117,11 +124,11 @@ def plan(job: JobPath, set_: Set = None, limit: Limit = None, extend: Extend = F
         loaded = _load(job, set_)
         store = Store(loaded.sink.path, loaded.sink.storage_options)
         store.probe()
-        measure = partial(measured, address=None, say=lambda text: typer.echo(text, err=True))
+        measure = partial(measured, address=address, say=lambda text: typer.echo(text, err=True))
         planned = plan_job(loaded, limit, extend, measure)
         left = sum(len(unfinished(store, one)) for one in planned.plans)
         # Not repeated word for word: --set may hold a secret.
-        alike = "  # with the same options" if set_ or limit or extend else ""
+        alike = "  # with the same options" if set_ or limit or extend or address else ""
         emit(
             as_json,
             planned_json(planned) | {"num_shards_left": left},

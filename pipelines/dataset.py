@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SPARE_DEATHS = 100
 """Workers that may die, beside those that rows kill, before Ray gives a pool up."""
 
-CALLS_PER_WORKER = 2  # the second call waits with its rows at hand while the first computes
+CALLS_PER_WORKER = 3  # one computes, one packs what it made, and one waits with its rows at hand
 
 Rows = dict[tuple[str, int], frozenset[str] | None]
 """(plan id, shard) -> keys of rows to make again; None where a shard is to be done as if for the first time."""

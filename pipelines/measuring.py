@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ from pipelines.adapters import StageAdapters
 from pipelines.batch_size import BatchSize, pixels_of, rows_at
 from pipelines.blocks import unpack
 from pipelines.cluster import ray_cluster
-from pipelines.dataset import plain_error
+from pipelines.dataset import BROUGHT, plain_error
 from pipelines.errors import JobError
 from pipelines.fitting import TASK_CPUS, fit, selector
 from pipelines.inputs import BadImage
 from pipelines.job import Job, digest
 from pipelines.loading import LoadShard, image_loader
 from pipelines.planner import buckets_of
-from pipelines.stages import AnyStage
+from pipelines.stages import AnyStage, reads
 from pipelines.storage import Store
 from pipelines.weights import Weights, cache_folder
 from pipelines.worker import ARRAYS, Place, Worker
@@ -60,6 +61,13 @@ Equipped = tuple[AnyStage, Weights, ModelFacts, StageAdapters]
 class Timer(Worker):
     """A worker of the plan to come, that is asked how fast it is. Each call takes a table of one loaded row."""
 
+    def load_model(self) -> None:
+        """Not yet: where all sizes are known, nothing is run."""
+
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        self._loaded()
+        return super().__call__(shard)
+
     def device_name(self) -> str:
         return self.device
 
@@ -75,19 +83,26 @@ class Timer(Worker):
         planned = self._row(row)
         if planned["num_inference_steps"] is not None:
             planned["num_inference_steps"] = timed_steps(planned["num_inference_steps"], planned["strength"])
-        batch = [planned] * size
+        self._loaded()
+        return self.device_thread.submit(self._rate, [planned] * size).result()
+
+    def _rate(self, batch: list[dict[str, Any]]) -> float | None:
         try:
             self.op.run(self.model, batch)
             calls, begin = 0, time.perf_counter()
             while not calls or time.perf_counter() - begin < LONG_ENOUGH_S:
                 self.op.run(self.model, batch)
                 calls += 1
-            return calls * size / (time.perf_counter() - begin)
+            return calls * len(batch) / (time.perf_counter() - begin)
         except Exception as error:
             if not self.op.is_out_of_memory(error):
                 raise
         free_memory()
         return None
+
+    def _loaded(self) -> None:
+        if not hasattr(self, "model"):
+            super().load_model()
 
     def _row(self, table: pa.Table) -> dict[str, Any]:
         [planned] = table.to_pylist()
@@ -128,7 +143,7 @@ def measured(
         return _frozen(job, dict(enumerate(known)))
     found: dict[int, BatchSize] = {}
     last = max(i for i, stage in enumerate(job.stages) if stage.batch_size == "auto")
-    say("measuring batch_size: auto; starting Ray and loading the model …")
+    say("measuring batch_size: auto …")
     with ray_cluster(address):
         tried = list(samples(job, equipped[0], rows))
         try:
@@ -156,6 +171,7 @@ def samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa
     loader = image_loader(stage, facts, job.source, beside.size_multiple)
     store = Store(job.sink.path, job.sink.storage_options)
     load = LoadShard(store, loader, weights.revision, job.source.storage_options)
+    bring = load.load if BROUGHT.isdisjoint(reads(stage)) else partial(_apart, load)
     rows = rows.filter(pc.is_null(rows["problem"]))
     pixels = np.asarray(pc.fill_null(pc.multiply(rows["height"], rows["width"]), 0))
     guidance = np.asarray(pc.fill_null(rows["guidance_scale"], 0.0))
@@ -167,8 +183,8 @@ def samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa
         by_work = members[np.lexsort((-guidance[members], -pixels[members]))]
         # Where only the files know how large they are, some of all.
         chosen = by_work[:TRIES] if kind else members[:: max(1, len(members) // (4 * TRIES))]
-        loaded = [load.load(rows.slice(int(i), 1)) for i in chosen]
-        fine = [one for one in loaded if one["status"][0].as_py() is None]
+        loaded = [bring(rows.slice(int(i), 1)) for i in chosen]
+        fine = [one for one in loaded if one is not None and one["status"][0].as_py() is None]
         # Half of the rows have as many beside them: more than that would be padding.
         count = int(np.median(alike[members]))
         if kind and fine:
@@ -179,6 +195,19 @@ def samples(job: Job, first: Equipped, rows: pa.Table) -> Iterator[tuple[list[pa
         for its in np.unique(kinds):
             same = sorted(np.flatnonzero(kinds == its), key=lambda i: -brought[i])
             yield [fine[i] for i in same], max(1, count * len(same) // len(fine))
+
+
+def _apart(load: LoadShard, row: pa.Table) -> pa.Table | None:
+    """`load` in a process of its own, as some files end the one that decodes them; None of these."""
+    import ray
+
+    def bring() -> pa.Table:
+        return load.load(row)
+
+    try:
+        return ray.get(ray.remote(num_cpus=TASK_CPUS, max_retries=0)(bring).remote())
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+        return None
 
 
 def _size_class(pixels: NDArray[Any]) -> NDArray[np.float64]:

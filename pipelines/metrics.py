@@ -6,7 +6,10 @@ Ray puts `ray_` in front of each name, and tells the node beside the tags given 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -43,15 +46,28 @@ class Busy:
         self.tags = {"stage": stage, "worker": worker}
         self.since = time.monotonic()
         self.busy_s = 0.0
+        self.idle: threading.Timer | None = None
 
-    def batch(self, seconds: float) -> None:
-        """One batch more, which has just ended."""
-        record("ldm_batch_seconds", seconds, stage=self.tags["stage"])
-        self.busy_s += seconds
-        window = max(1e-6, time.monotonic() - self.since)
-        record("ldm_device_busy_ratio", min(1.0, self.busy_s / window), **self.tags)
-        if window >= WINDOW_S:
-            self.since, self.busy_s = time.monotonic(), 0.0
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Around a device batch."""
+        if self.idle:
+            self.idle.cancel()
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            end = time.monotonic()
+            record("ldm_batch_seconds", end - begin, stage=self.tags["stage"])
+            self.busy_s += end - begin
+            window = max(1e-6, end - self.since)
+            record("ldm_device_busy_ratio", min(1.0, self.busy_s / window), **self.tags)
+            if window >= WINDOW_S:
+                self.since, self.busy_s = end, 0.0
+            # A gauge stays where it was: nobody else says that there was no batch.
+            self.idle = threading.Timer(WINDOW_S, record, ("ldm_device_busy_ratio", 0.0), self.tags)
+            self.idle.daemon = True
+            self.idle.start()
 
 
 @cache

@@ -44,12 +44,17 @@ def regenerated(
         JobError: a model is no longer what it was, or the pictures are signed, which no two are alike.
     """
     result = Regenerated()
-    for plan in {plan.plan_id: plan for plan, _, _ in drawn}.values():
+    plans = {plan.plan_id: plan for plan, _, _ in drawn}
+    # Where memory was short, a row's batches were smaller than planned, which changes the last bits.
+    sizes = {row["key"]: tuple(stage["batch_size"] for stage in row["stages"]) for _, _, row in drawn}
+    for plan_id, its_sizes in dict.fromkeys((plan.plan_id, sizes[row["key"]]) for plan, _, row in drawn):
+        plan = plans[plan_id]
         if plan.settings.get("sink.c2pa"):
             raise JobError(f"{store.url}: its pictures are signed, no two signatures are alike; leave out --regenerate")
-        before = {row["key"]: row for p, _, row in drawn if p.plan_id == plan.plan_id}
-        shards = {shard.index: shard for p, shard, _ in drawn if p.plan_id == plan.plan_id}
-        made = _make(store, plan, list(shards.values()), set(before), storage_options)
+        mine = [(s, row) for p, s, row in drawn if (p.plan_id, sizes[row["key"]]) == (plan_id, its_sizes)]
+        before = {row["key"]: row for _, row in mine}
+        shards = {shard.index: shard for shard, _ in mine}
+        made = _make(store, plan, its_sizes, list(shards.values()), set(before), storage_options)
         for key, row in before.items():
             now = made[key]
             result.num_rows += 1
@@ -65,9 +70,14 @@ def regenerated(
 
 
 def _make(
-    store: Store, plan: Plan, shards: list[Shard], keys: set[str], storage_options: dict[str, Any]
+    store: Store,
+    plan: Plan,
+    sizes: tuple[int, ...],
+    shards: list[Shard],
+    keys: set[str],
+    storage_options: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """The manifest rows of `keys`, as this process makes them."""
+    """The manifest rows of `keys`, as this process makes them in batches of these `sizes`, one of each stage."""
     job = job_of(plan)
     source = job.source.model_copy(update={"storage_options": storage_options})
     models = plan_models(plan, job, [], storage_options)
@@ -81,7 +91,8 @@ def _make(
     wanted = pa.array(sorted(keys), pa.string())
     tables = [read_shard(store, shard.file, shard.index) for shard in shards]
     tables = [load.load(table.filter(pc.is_in(table["key"], wanted))) for table in tables]
-    for i, (stage, (weights, _)) in enumerate(zip(job.stages, models, strict=True)):
+    for i, (planned, (weights, _)) in enumerate(zip(job.stages, models, strict=True)):
+        stage = planned.model_copy(update={"batch_size": sizes[i]})
         place = Place(stage, i, i == len(job.stages) - 1, loaders[i], adapters[i])
         # What libraries say while they load a model (progress bars, deprecations) is nothing that verify found.
         with redirect_stderr(io.StringIO()):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ldm_ops.device import device_name, free_memory, set_threads
+from ldm_ops.device import device_name, free_memory, keep_to_share, set_threads
 from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
@@ -95,12 +95,12 @@ class Worker:
             f"stages.{place.index}-load-{actor_id()}", f"stages.{place.index}: loading {weights.name}"
         )
         set_threads(place.stage.num_threads)
+        keep_to_share(place.stage.num_gpus)
         self.place = place
         self.op = op
         self.weights = weights
         self.permit = permit
-        folder = fetch(weights)
-        self.model = op.load(folder, place.adapters.fetch()) if isinstance(op, Sampling) else op.load(folder)
+        self.load_model()
         if loading:
             loading.close()
         self.loras = LoraShelf(place.adapters)
@@ -111,6 +111,11 @@ class Worker:
         # that another thread's call fails). How many threads torch takes belongs to the calling one too.
         self.device_thread = ThreadPoolExecutor(1, "device", set_threads, (place.stage.num_threads,))
         self.busy = Busy(place.stage.op, self.name)
+
+    def load_model(self) -> None:
+        folder = fetch(self.weights)
+        adapters = self.place.adapters
+        self.model = self.op.load(folder, adapters.fetch()) if isinstance(self.op, Sampling) else self.op.load(folder)
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         asked = time.monotonic()
@@ -199,11 +204,10 @@ class Worker:
         if record and len(rows) == 1 and record.starved(rows[0]["key"]):
             # What found no room in the frozen shape may find it in the smallest, as where an allocation raises.
             size = 1
-        results = make(self.op, self.model, rows, size, watched)
+        with self.busy.batch():
+            results = make(self.op, self.model, rows, size, watched)
         self.safe_size[bucket] = min(result["batch_size"] for result in results)
-        seconds = time.perf_counter() - start
-        self.busy.batch(seconds)
-        each = seconds / len(rows)
+        each = (time.perf_counter() - start) / len(rows)
         return [{**result, "duration_s": each} for result in results]
 
     def _done(self, before: Row, result: dict[str, Any], row: Row) -> dict[str, Any]:

@@ -14,6 +14,7 @@ with AWS_ENDPOINT_URL.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -46,6 +47,11 @@ from tests.ldm_ops.rows import picture
 
 REQUESTS = ("read", "info", "list", "write", "create", "delete")
 ROWS = 4
+HANGS_S = 60
+
+
+class Hung(Exception):
+    """A child that has not ended within HANGS_S."""
 
 
 @dataclass
@@ -277,6 +283,9 @@ def in_a_process(
         code = 1
         try:
             os.close(reader)
+            # A lock that another thread held at the fork is held for ever; then it says where it stands, and ends.
+            faulthandler.register(signal.SIGALRM, chain=True)
+            signal.alarm(HANGS_S)
             # One request at a time, so that the steps have an order.
             storage.IN_FLIGHT = 1
             steps = Steps(root, die_at, told)
@@ -295,6 +304,8 @@ def in_a_process(
     with os.fdopen(reader) as lines:
         names = lines.read().splitlines()
     _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        raise Hung(root)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise RuntimeError(f"{root}: the scenario failed by itself, after {names[-1:]}")
     return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0), names
@@ -332,10 +343,19 @@ def rehearse(name: str, out: str, model: str, options: Options | None = None, ev
     _, steps = do(scenario.action, counted_at, weather=True)
     assert not look(counted_at, options).differences(wanted), "the scenario is wrong without any death"
     found.num_failpoints = len(steps)
-    for number in range(1 + first % every, len(steps) + 1, every):
+
+    def dies(number: int, again: bool = True) -> tuple[str, int, list[str]]:
         at = fresh()
         put(at, base, options)
-        ended_by, told = do(scenario.action, at, die_at=number, weather=True)
+        try:
+            return at, *do(scenario.action, at, die_at=number, weather=True)
+        except Hung:
+            if not again:
+                raise
+            return dies(number, again=False)
+
+    for number in range(1 + first % every, len(steps) + 1, every):
+        at, ended_by, told = dies(number)
         where = f"{name}, {found.store}, step {number} of {len(steps)}, {told[-1] if told else 'never reached'}"
         if ended_by != signal.SIGKILL:
             found.faults.append(f"{where}: nobody died")

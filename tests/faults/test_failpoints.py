@@ -22,7 +22,7 @@ def rehearsed(out: str, model: Path, *scenarios: str, **environ: str) -> list[di
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

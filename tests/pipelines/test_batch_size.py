@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -15,7 +18,7 @@ from pipelines import load_job, run
 from pipelines.batch_size import pixels_of, rows_at
 from pipelines.errors import JobError
 from pipelines.job import Job, parse_job
-from pipelines.measuring import best_size, samples, timed_steps
+from pipelines.measuring import _apart, best_size, samples, timed_steps
 from pipelines.planner import check, plan
 from pipelines.plans import read_plans
 from pipelines.storage import Store
@@ -82,6 +85,7 @@ def test_a_picture_that_is_only_timed_has_steps_left_to_do_at_any_strength() -> 
     assert timed_steps(4, 1.0) == 4
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_images_of_sizes_that_only_their_files_tell_are_measured_by_size(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     sides = [64] * 6 + [128] * 3 + [256] * 3
@@ -93,6 +97,19 @@ def test_images_of_sizes_that_only_their_files_tell_are_measured_by_size(tmp_pat
     job = parse_job(json.dumps({"source": source, "stages": [stage], "sink": {"path": str(tmp_path / "out")}}))
     # 13 files, one of which is none: shares of them.
     assert sampled(job) == [(6, 6), (3, 3), (3, 3)]
+
+
+class Deadly:
+    """A file that ends the process which decodes it."""
+
+    def load(self, row: pa.Table) -> pa.Table:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_file_that_ends_its_decoder_is_not_measured_with() -> None:
+    assert _apart(Deadly(), pa.table({"status": [None]})) is None  # type: ignore[arg-type]
 
 
 def test_rows_are_counted_that_can_share_a_batch(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 
+from ldm_ops.txt2img import Txt2Img
 from pipelines.dead_letters import Retry, groups, write_csv
 from pipelines.errors import JobError, NotWhole, RunAlive, RunFailed
 from pipelines.heartbeat import Heartbeat
@@ -140,6 +142,29 @@ def test_a_row_that_comes_out_otherwise_is_a_fault(make_job: MakeJob, tmp_path: 
     assert report.regenerated is not None
     assert (report.regenerated.num_rows, report.regenerated.num_same) == (1, 0)
     assert f"{row['uri']}: made again it has other bytes (then on cpu" in "\n".join(report.faults)
+
+
+def test_rows_are_made_again_in_batches_of_the_size_that_memory_left_them(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_job(source={"rows": [f"a circle {i}" for i in range(3)]}))
+    part = next((tmp_path / "out" / "manifest").rglob("*.parquet"))
+    table = pq.read_table(part)
+    rows = table.to_pylist()
+    planned = rows[0]["stages"][0]["batch_size"]
+    rows[0]["stages"][0]["batch_size"] = planned - 1
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), part)
+    sizes = []
+    make = Txt2Img.run
+
+    def noted(self: Txt2Img, model: Any, some: Any) -> Any:
+        sizes.append(len(some))
+        return make(self, model, some)
+
+    monkeypatch.setattr(Txt2Img, "run", noted)
+    made = verify(str(tmp_path / "out"), regenerate=3).regenerated
+    assert made is not None
+    assert (made.num_rows, set(sizes)) == (3, {planned - 1, planned})
 
 
 @pytest.mark.parametrize("layout", ["files", "webdataset"])
