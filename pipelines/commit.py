@@ -31,7 +31,7 @@ def commit_shard(
     store: ObjectStore,
     files: Iterable[tuple[str, bytes]],
     path: str,
-    part: bytes,
+    part: Callable[[], bytes],
     attempt: str,
     attempt_of: Callable[[bytes], str | None],
     sleep: Callable[[float], None] = time.sleep,
@@ -39,14 +39,16 @@ def commit_shard(
 ) -> Outcome:
     """Put a shard's files, path and content, under content names; then `commit` the part that names them.
 
+    `part` is asked for once all files are there, so that `files` may make one while others are under way.
     `again` replaces the part that stands, as `retry` and `repair` do.
     """
     # Again where they lie already: an orphan of that name may be old, and `gc` goes by the time of the last write.
     store.write_each(files)
+    content = part()
     if again:
         # In one request: whoever reads finds the old part or this one, and each holds every row once.
-        store.write(path, part)
-    return commit(store, path, part, attempt, attempt_of, sleep)
+        store.write(path, content)
+    return commit(store, path, content, attempt, attempt_of, sleep)
 
 
 def commit(

@@ -20,7 +20,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ldm_rows_total": ("Counter", "rows committed, by how they ended and in which stage", ("status", "stage")),
     "ldm_batch_seconds": ("Histogram", "seconds of one device batch", ("stage",)),
     "ldm_device_busy_ratio": ("Gauge", "share of a worker's time that goes into device batches", ("stage", "worker")),
-    "ldm_upload_seconds": ("Histogram", "seconds that a shard's uploads and its commit take", ()),
+    "ldm_upload_seconds": ("Histogram", "seconds that a shard's encoding, uploads and commit take", ()),
     "ldm_queue_depth": ("Gauge", "shards that a driver has given to Ray and that are not committed yet", ("ldm_job",)),
     "ldm_shards_done": ("Gauge", "shards that a run has committed", ("ldm_job",)),
 }

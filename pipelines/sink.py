@@ -6,7 +6,7 @@ import hashlib
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -91,45 +91,48 @@ class ShardWriter:
             return RECEIPT.empty_table()
         rows = _rows(shard)
         index = rows[0]["shard"]
-        puts: list[tuple[str, bytes]] = []
-        pictures: list[Picture] = []
         path = manifest.part_path(self.plan_id, index)
         again = any(row["attempt"] is not None for row in rows)
         before = manifest.read_rows(self.store.read(path) or b"") if again else {}
         if any(row["status"] == KEPT and row["key"] not in before for row in rows):
             raise NotWhole(f"{path} was damaged while rows of it were made again; run `ldm-batch repair`")
         left = {row["key"] for row in rows if row["status"] not in ("ok", KEPT) and self._is_there(before, row["key"])}
-        records = [
-            before[row["key"]]
-            if row["status"] == KEPT or row["key"] in left
-            else self._record(row, index, puts.append, pictures.append)
-            for row in rows
-        ]
+        kept = {row["key"]: before[row["key"]] for row in rows if row["status"] == KEPT or row["key"] in left}
         passed = self._passed(shard)
-        self._one_file(pictures, passed, index, puts.append)
-        self._latents(rows, records, index, puts.append)
-        self._embeddings(rows, records, index, puts.append)
-        counts = {s: sum(r["status"] == s for r in records) for s in ("ok", "failed", "filtered")}
-        head = manifest.PartHead(
-            plan_id=self.plan_id,
-            shard=index,
-            attempt=uuid.uuid4().hex,
-            num_rows=len(records),
-            num_ok=counts["ok"],
-            num_failed=counts["failed"],
-            num_filtered=counts["filtered"],
-            keys_digest=manifest.keys_digest(record["key"] for record in records),
-        )
-        part = manifest.part_bytes(self._table(shard, records, passed), head)
+        records: list[dict[str, Any]] = []
+        sizes: list[int] = []
+        attempt = uuid.uuid4().hex
+
+        def files() -> Iterator[tuple[str, bytes]]:
+            for file in self._files(rows, kept, passed, index, records.append):
+                sizes.append(len(file[1]))
+                yield file
+
+        def part() -> bytes:
+            ended = Counter(record["status"] for record in records)
+            head = manifest.PartHead(
+                plan_id=self.plan_id,
+                shard=index,
+                attempt=attempt,
+                num_rows=len(records),
+                num_ok=ended["ok"],
+                num_failed=ended["failed"],
+                num_filtered=ended["filtered"],
+                keys_digest=manifest.keys_digest(record["key"] for record in records),
+            )
+            data = manifest.part_bytes(self._table(shard, records, passed), head)
+            sizes.append(len(data))
+            return data
+
         start = time.perf_counter()
-        outcome = commit_shard(self.store, puts, path, part, head.attempt, manifest.attempt_of, again=again)
+        outcome = commit_shard(self.store, files(), path, part, attempt, manifest.attempt_of, again=again)
         metrics.record("ldm_upload_seconds", time.perf_counter() - start)
         made = [row for row in rows if row["status"] != KEPT]
         errors = [f"{r['error_type']}: {r['error_message']}" for r in made if r["status"] == "failed"]
         receipt = {
             "shard": index,
-            **{f"num_{s}": sum(r["status"] == s for r in made) for s in counts},
-            "num_bytes": len(part) + sum(len(data) for _, data in puts),
+            **{f"num_{s}": sum(r["status"] == s for r in made) for s in ("ok", "failed", "filtered")},
+            "num_bytes": sum(sizes),
             "num_left": len(left),
             "outcome": outcome,
             "first_error": errors[0] if errors else None,
@@ -154,6 +157,31 @@ class ShardWriter:
         except ValueError:
             return False
         return body is not None and hashlib.sha256(body).hexdigest() == record["sha256"]
+
+    def _files(
+        self,
+        rows: list[dict[str, Any]],
+        kept: dict[str, dict[str, Any]],
+        passed: list[pa.Field],
+        index: int,
+        tell: Callable[[dict[str, Any]], None],
+    ) -> Iterator[tuple[str, bytes]]:
+        """Path and content of all that a shard leaves beside its part; `tell` is given each row's record, which is
+        whole once this has ended."""
+        puts: list[tuple[str, bytes]] = []
+        pictures: list[Picture] = []
+        records = []
+        for row in rows:
+            record = kept.get(row["key"]) or self._record(row, index, puts.append, pictures.append)
+            records.append(record)
+            tell(record)
+            # Each as soon as it is made: while it is under way, the next is encoded.
+            yield from puts
+            puts.clear()
+        self._one_file(pictures, passed, index, puts.append)
+        self._latents(rows, records, index, puts.append)
+        self._embeddings(rows, records, index, puts.append)
+        yield from puts
 
     def _record(self, row: dict[str, Any], index: int, put: Put, picture: Callable[[Picture], None]) -> dict[str, Any]:
         """The manifest row; its picture is put, or handed on where a shard's pictures make one file."""

@@ -457,7 +457,9 @@ def redoer(world: World) -> Callable[[Actor], None]:
         data = made(key, 1000 + world.num_attempts)
         uri = OURS.name(f"images/{shard.index:06d}/{key}", attempt, data)
         new = part_of(plan.plan_id, shard.index, attempt, ((key, uri, sha256(data), len(data)), *kept))
-        said = commit_shard(store, [(uri, data)], path, new, attempt, manifest.attempt_of, store.pause, again=True)
+        said = commit_shard(
+            store, [(uri, data)], path, lambda: new, attempt, manifest.attempt_of, store.pause, again=True
+        )
         world.did(f"redone, {said}")
 
     return redo

@@ -170,7 +170,7 @@ class Output(RuleBasedStateMachine):
 
     def commit(self, plan: Plan, shard: Shard, outcome: int) -> None:
         files, path, part, name = self.attempt(plan, shard, outcome)
-        said = commit_shard(self.store, files, path, part, name, manifest.attempt_of, no_sleep)
+        said = commit_shard(self.store, files, path, lambda: part, name, manifest.attempt_of, no_sleep)
         assert said == ("theirs" if path in self.parts else "mine")
         self.parts.setdefault(path, part)
 
@@ -205,7 +205,7 @@ class Output(RuleBasedStateMachine):
         files, path, part, name = self.attempt(*self.shards[which % len(self.shards)], outcome)
         dying = Dying(self.store, requests, after)
         with contextlib.suppress(Dead):
-            commit_shard(dying, files, path, part, name, manifest.attempt_of, no_sleep)
+            commit_shard(dying, files, path, lambda: part, name, manifest.attempt_of, no_sleep)
         # The part may have landed, whole, though nobody heard of it.
         if path not in self.parts and (there := self.store.read(path)) is not None:
             assert there == part
@@ -218,7 +218,7 @@ class Output(RuleBasedStateMachine):
         files, path, part, name = self.again(*done[which % len(done)], outcome)
         dying = Dying(self.store, requests, after)
         try:
-            said = commit_shard(dying, files, path, part, name, manifest.attempt_of, no_sleep, again=True)
+            said = commit_shard(dying, files, path, lambda: part, name, manifest.attempt_of, no_sleep, again=True)
             assert said == "mine"
             self.parts[path] = part
         except Dead:

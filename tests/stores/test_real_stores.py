@@ -67,7 +67,7 @@ def test_of_writers_at_the_same_moment_one_wins_or_all_agree(server: Server, tmp
             for file in files:
                 store.write(*file)
             barrier.wait()
-            said[n] = commit_shard(store, [], path, part, own, attempt_of)
+            said[n] = commit_shard(store, [], path, lambda: part, own, attempt_of)
 
         threads = [threading.Thread(target=write, args=(n,)) for n in range(WRITERS)]
         for thread in threads:
@@ -96,7 +96,7 @@ def test_ceph_holds_what_we_say_we_committed_whatever_became_of_the_answer(
     with Faults(ceph.url, [rule]) as faults:
         store = Store(f"s3://{BUCKET}/{prefix}", {**ceph.storage_options, "endpoint_url": faults.url})
         files, part, own = attempt(0)
-        assert commit_shard(store, files, part_path("0123", 0), part, own, attempt_of) == "mine"
+        assert commit_shard(store, files, part_path("0123", 0), lambda: part, own, attempt_of) == "mine"
         late = attempt(0)
         assert commit(store, part_path("0123", 0), late[1], late[2], attempt_of) == "theirs"
     assert rule.fired == 2 if action in ("drop", "status", "cut_request") else rule.fired >= 1
@@ -215,7 +215,7 @@ def test_a_store_that_was_reached_is_waited_for_and_another_is_not(
         assert time.monotonic() - begun < 3
         timer = threading.Timer(3, ceph.start_gateway)
         timer.start()
-        assert commit_shard(worker, files, part_path("0123", 0), part, own, attempt_of) == "mine"
+        assert commit_shard(worker, files, part_path("0123", 0), lambda: part, own, attempt_of) == "mine"
         assert time.monotonic() - begun > 3
         timer.join()
     finally:
