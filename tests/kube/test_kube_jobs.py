@@ -221,16 +221,51 @@ def test_an_operator_that_does_not_know_a_field_is_found_by_a_dry_run(
 
 def test_a_lost_answer_and_a_rival_make_no_second_job(kube: FakeKube, jobs: KubeJobs, make_parcel: Make) -> None:
     parcel = make_parcel()
-    # The dry run, then the job itself.
-    kube.faults += [Fault("POST", "rayjobs$", 0, times=0), Fault("PATCH", "configmaps", 0, times=0)]
+    # After the dry run that of the job itself, then that of its files.
+    kube.faults.append(Fault("POST", "configmaps$", 0))
     jobs._create = lose_second_answer(kube, jobs)  # type: ignore[method-assign]
     submitted, _ = jobs.submit(parcel)
     assert (submitted.id, made(kube)) == (parcel.id, (1, 1))
-    # Files that another submission has just left: the same content, so the same.
+    # Files that the garbage collector takes away in a moment: their RayJob is gone.
     (job,) = kube.all(RAY, "rayjobs")
     kube.objects.pop((RAY, "rayjobs", "default", job["metadata"]["name"]))
     assert KubeJobs().submit(parcel)[1] is True
     assert made(kube) == (1, 1)
+    assert owners(kube) == {kube.all(RAY, "rayjobs")[0]["metadata"]["uid"]}
+
+
+def owners(kube: FakeKube) -> set[str]:
+    return {one["metadata"]["ownerReferences"][0]["uid"] for one in kube.all("v1", "configmaps")}
+
+
+def test_a_submission_that_died_without_sending_the_files_is_mended_by_the_next(
+    kube: FakeKube, jobs: KubeJobs, make_parcel: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parcel = make_parcel()
+    with monkeypatch.context() as patch:
+        patch.setattr(KubeJobs, "_send_files", lambda *_: None)
+        assert jobs.submit(parcel)[1] is True
+    assert made(kube) == (1, 0)
+    assert KubeJobs().submit(parcel)[1] is False
+    assert made(kube) == (1, 1)
+    assert owners(kube) == {kube.all(RAY, "rayjobs")[0]["metadata"]["uid"]}
+
+
+def test_who_is_refused_touches_nothing_of_who_was_first(kube: FakeKube, jobs: KubeJobs, make_parcel: Make) -> None:
+    parcel = make_parcel()
+    look = jobs._all
+
+    def look_too_early(id: str) -> Any:
+        found = look(id)
+        # Between the look and what follows another submits.
+        assert KubeJobs().submit(parcel)[1] is (not found)
+        return found
+
+    jobs._all = look_too_early  # type: ignore[method-assign]
+    kube.faults.append(Fault("POST", "configmaps$", 500, times=0))
+    assert jobs.submit(parcel)[1] is False
+    assert made(kube) == (1, 1)
+    assert [path for verb, path in kube.requests if verb == "DELETE"] == []
 
 
 def lose_second_answer(kube: FakeKube, jobs: KubeJobs) -> Callable[..., Any]:
