@@ -14,6 +14,7 @@ from aiohttp import web
 from pipelines.backend import Parcel
 from pipelines.errors import JobError, LdmError
 from pipelines.kube_jobs import KubeJobs, phase_of, why_pending
+from pipelines.rayjob import job_of, rayjob
 from tests.kube.api_server import FakeKube, Fault
 from tests.kube.certificate import write_certificate
 from tests.kube.operator import Operator, wait_until
@@ -118,6 +119,25 @@ def test_suspended_gives_the_cluster_back_and_resumed_starts_another(
     reach(jobs, parcel.id, "running")
     endings(0)
     reach(jobs, parcel.id, "succeeded")
+
+
+def test_one_job_in_two_namespaces_or_clusters_is_two_submissions(
+    kube: FakeKube, tmp_path: Path, make_parcel: Make
+) -> None:
+    head = rayjob(job_of(make_parcel()), make_parcel())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    operator = Operator(kube, tmp_path)
+
+    def identity(namespace: str) -> str:
+        return operator.environment(head["containers"][0], namespace)["LDM_BATCH_SUBMISSION"]
+
+    # A cluster that lets nobody have its certificate tells namespaces apart all the same.
+    found = [identity("here"), identity("there")]
+    for certificate in ("one", "another"):
+        root = {"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": certificate}}
+        kube.put("v1", "configmaps", root, "here")
+        assert identity("here") == identity("here")
+        found.append(identity("here"))
+    assert len(set(found)) == 4
 
 
 def test_cancelled_is_deleted_with_all_that_belongs_to_it(
