@@ -79,7 +79,13 @@ class KubeJobs:
         found = self._find(id)
         one = self._submission(found)
         if one.phase == "queued":
-            why = self._why(found) or one.message
+            try:
+                why = self._why(found) or one.message
+            except Refused as refused:
+                if refused.status != 403:
+                    raise
+                # Who may not look at pods or Workloads hears what the RayJob itself says.
+                why = one.message
             return Submission(one.id, one.phase, why, one.attempt, one.created_at, one.dashboard)
         return one
 

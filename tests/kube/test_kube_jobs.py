@@ -186,6 +186,11 @@ def test_under_kueue_it_waits_in_its_queue_and_is_suspended_there(
     }
     kube.put(KUEUE, "workloads", workload)
     assert jobs.get(parcel.id).message == "waits in queue gpus: insufficient quota for nvidia.com/gpu"
+    kube.denied.add(("list", "workloads"))
+    assert jobs.get(parcel.id).message == "waits in queue gpus"
+    with pytest.raises(LdmError, match="cannot list .*workloads.*; ask whoever runs the cluster for that right"):
+        jobs.suspend(parcel.id)
+    kube.denied.clear()
     jobs.suspend(parcel.id)
     assert jobs.get(parcel.id).phase == "suspended"
     assert kube.all(KUEUE, "workloads")[0]["spec"]["active"] is False
