@@ -40,7 +40,7 @@ class KubeJobs:
     def submit(self, parcel: Parcel) -> tuple[Submission, bool]:
         """
         Raises:
-            LdmError: the job or the cluster is not fit for it; nothing was made.
+            LdmError: the job or the cluster is not fit for it; nothing is left of it.
         """
         job = job_of(parcel)
         self.namespace = self.said or job.cluster.namespace or self.api.namespace
@@ -65,8 +65,9 @@ class KubeJobs:
                 raise
             if refused.status == 409:
                 return self._submission(there), False
-            # The answer was lost, not the request.
-            made = there
+            # The answer was lost, not the request; or another made it meanwhile, who gives it the same files.
+            self._send_files(files, there)
+            return self._submission(there), True
         try:
             self._send_files(files, made)
         except LdmError:
