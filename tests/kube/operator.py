@@ -76,7 +76,8 @@ class Operator:
         if job["metadata"].get("deletionTimestamp"):
             self.tear_down(job)
             self.kube.remove(job)
-        elif spec.get("suspend") and state not in ("Suspended", "Complete", "Failed"):
+        # Once it has begun to suspend it goes on with that, whoever resumes the job meanwhile.
+        elif state == "Suspending" or (spec.get("suspend") and state not in ("Suspended", "Complete", "Failed")):
             if state != "Suspending" and state:
                 self.enter(job, "Suspending")
                 return

@@ -117,6 +117,11 @@ def test_suspended_gives_the_cluster_back_and_resumed_starts_another(
     assert jobs.submit(parcel)[1] is False
     jobs.resume(parcel.id)
     reach(jobs, parcel.id, "running")
+    # Resumed before its cluster has gone.
+    jobs.suspend(parcel.id)
+    wait_until(lambda: operator.walked[-1][1] in ("Suspending", "Suspended"))
+    jobs.resume(parcel.id)
+    reach(jobs, parcel.id, "running")
     endings(0)
     reach(jobs, parcel.id, "succeeded")
 
