@@ -13,7 +13,7 @@ import typer
 
 from pipelines import cli_submit
 from pipelines.errors import EXIT_DEAD_LETTERS, JobError
-from pipelines.terminal import Extend, JobPath, Json, Limit, Set, Slice, emit, fail, one_line_errors
+from pipelines.terminal import Extend, JobPath, Join, Json, Limit, Set, Slice, Takeover, emit, fail, one_line_errors
 from pipelines.wording import (
     diagnosis_text,
     garbage_text,
@@ -145,10 +145,8 @@ def run(
     set_: Set = None,
     limit: Limit = None,
     extend: Extend = False,
-    join: Annotated[bool, typer.Option("--join", help="Help a run that is alive on the same output.")] = False,
-    takeover: Annotated[
-        bool, typer.Option("--takeover", help="Replace a run that is alive on the same output.")
-    ] = False,
+    join: Join = False,
+    takeover: Takeover = False,
     slice_: Slice = None,
     address: Address = None,
     grace: Grace = None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipelines.errors import EXIT_TERMINATED, JobError
-from pipelines.terminal import Extend, JobPath, Json, Limit, Set, Slice, emit, one_line_errors
+from pipelines.terminal import Extend, JobPath, Join, Json, Limit, Set, Slice, Takeover, emit, one_line_errors
 
 if TYPE_CHECKING:
     from pipelines.backend import Backend, Parcel, Submission
@@ -48,6 +48,8 @@ def submit(
     set_: Set = None,
     limit: Limit = None,
     extend: Extend = False,
+    join: Join = False,
+    takeover: Takeover = False,
     slice_: Slice = None,
     as_json: Json = False,
 ) -> None:
@@ -60,10 +62,12 @@ def submit(
             Part.parse(slice_)
         arguments = [
             *([] if limit is None else ["--limit", str(limit)]),
-            *(["--extend"] if extend else []),
+            *_flags(extend=extend),
             *([] if slice_ is None else ["--slice", slice_]),
         ]
         loaded, parcel = pack(job, set_ or (), arguments, Path(folder))
+        # How it meets another run changes nothing of what it is: it keeps its id.
+        parcel = replace(parcel, arguments=(*arguments, *_flags(join=join, takeover=takeover)))
         if dry_run:
             typer.echo(_shown(_manifests(loaded, parcel, kube, namespace), "json" if as_json else form))
             return
@@ -82,12 +86,24 @@ def render(
     set_: Set = None,
     limit: Limit = None,
     extend: Extend = False,
+    join: Join = False,
+    takeover: Takeover = False,
     slice_: Slice = None,
     as_json: Json = False,
 ) -> None:
     """Print the RayJob that `submit --kube` would send, for kubectl and Kustomize."""
     submit(
-        job, kube=True, dry_run=True, form=form, set_=set_, limit=limit, extend=extend, slice_=slice_, as_json=as_json
+        job,
+        kube=True,
+        dry_run=True,
+        form=form,
+        set_=set_,
+        limit=limit,
+        extend=extend,
+        join=join,
+        takeover=takeover,
+        slice_=slice_,
+        as_json=as_json,
     )
 
 
@@ -191,6 +207,11 @@ def told(one: Submission) -> str:
     """A submission in one line."""
     parts = [one.id, one.phase, f"attempt {one.attempt}", one.created_at]
     return " · ".join([*parts, *([one.message] if one.message else [])])
+
+
+def _flags(**given: bool) -> list[str]:
+    """The options of `run` that are set."""
+    return [f"--{name}" for name, is_set in given.items() if is_set]
 
 
 def _act(

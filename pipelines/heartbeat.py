@@ -6,6 +6,7 @@ from the store's own clock. `stop` beside them asks a run's workers to take no f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ from pipelines.storage import ObjectStore, Store
 
 RUNS = "_ldm/runs"
 SUBMISSION = "LDM_BATCH_SUBMISSION"
-"""In the environment of a run that a cluster starts again by itself: what it was submitted as."""
+"""In the environment of a run that a cluster starts again by itself: what it was submitted as, and where."""
 
 BEAT_S = 10.0
 DEAD_AFTER_S = 60.0
@@ -140,7 +141,7 @@ def refuse_if_alive(
     assert beat is not None
     alive = (run for run in live_runs(store, beat.modified_s) if run["run_id"] < own)
     others = [run for run in alive if part is None or (its := _slice(run)) is None or part.meets(its)]
-    submission = os.environ.get(SUBMISSION)
+    submission = _submission()
     if submission and all(run.get("submission") == submission for run in others):
         # Earlier attempts of this very submission: whoever started us has ended them, however fresh their last beat is.
         takeover = True
@@ -183,8 +184,14 @@ def _this_process() -> dict[str, Any]:
         "namespace": _namespace(),
         "pid": os.getpid(),
         "born": _born(os.getpid()),
-        "submission": os.environ.get(SUBMISSION),
+        "submission": _submission(),
     }
+
+
+def _submission() -> str | None:
+    """A name for what SUBMISSION says, as that may be long."""
+    said = os.environ.get(SUBMISSION)
+    return hashlib.sha256(said.encode("utf-8", "surrogateescape")).hexdigest()[:32] if said else None
 
 
 def _is_gone(run: dict[str, Any]) -> bool:

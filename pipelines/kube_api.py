@@ -83,7 +83,8 @@ class KubeApi:
         """A merge patch: null takes a field away."""
         return self._json("PATCH", path, {}, body, "application/merge-patch+json")
 
-    def delete(self, path: str, **options: str) -> None:
+    def delete(self, path: str, **options: Any) -> None:
+        """`options` as of `DeleteOptions`; with `preconditions` only the very object that they name."""
         self._json("DELETE", path, {}, {"apiVersion": "v1", "kind": "DeleteOptions", **options}, "application/json")
 
     def find(self, path: str, **query: str) -> dict[str, Any] | None:

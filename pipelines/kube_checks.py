@@ -19,7 +19,7 @@ INSTALL = "KubeRay is not installed, or older than 1.0; install its operator, 1.
 
 RIGHTS = (
     ("ray.io", "rayjobs", "", ("create", "get", "list", "patch", "delete")),
-    ("", "configmaps", "", ("create", "get", "patch", "delete")),
+    ("", "configmaps", "", ("create", "get", "delete")),
     ("", "pods", "", ("list",)),
     ("", "pods", "log", ("get",)),
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.backend import ENDED, Parcel, Phase, Submission, Submissions, numbered
 from pipelines.errors import JobError, LdmError
+from pipelines.job import Job
 from pipelines.kube_api import KubeApi, Refused, place
 from pipelines.kube_checks import INSTALL, RAY, broken, findings, kueue
 from pipelines.rayjob import DRIVER, ID_LABEL, MANAGED, MAX_LINES, job_of, manifests
@@ -39,7 +40,7 @@ class KubeJobs:
     def submit(self, parcel: Parcel) -> tuple[Submission, bool]:
         """
         Raises:
-            LdmError: the job or the cluster is not fit for it; nothing was made.
+            LdmError: the job or the cluster is not fit for it; nothing is left of it.
         """
         job = job_of(parcel)
         self.namespace = self.said or job.cluster.namespace or self.api.namespace
@@ -47,6 +48,7 @@ class KubeJobs:
         manifests(job, parcel)
         before = self._all(parcel.id)
         if before and (last := self._submission(before[-1])).phase not in ENDED:
+            self._mend_files(job, parcel, before[-1])
             return last, False
         taken = {one["metadata"]["name"] for one in before}
         name = next(n for i in range(1, 100_000) if (n := numbered(parcel.id, i)) not in taken)
@@ -56,27 +58,35 @@ class KubeJobs:
         try:
             # Quotas and other people's webhooks have a say, too.
             self._create(manifest, dryRun="All")
-            self._send_files(files)
             made = self._create(manifest)
         except Refused as refused:
             there = self.api.find(self._place(name))
             if there is None:
-                self._take_back(files)
                 raise
             if refused.status == 409:
                 return self._submission(there), False
-            # The answer was lost, not the request.
-            made = there
-        owner = {"apiVersion": RAY, "kind": "RayJob", "name": name, "uid": made["metadata"]["uid"], "controller": False}
-        files_place = place(self.namespace, "configmaps", name)
-        self.api.patch(files_place, {"metadata": {"ownerReferences": [owner | {"blockOwnerDeletion": False}]}})
+            # The answer was lost, not the request; or another made it meanwhile, who gives it the same files.
+            self._send_files(files, there)
+            return self._submission(there), True
+        try:
+            self._send_files(files, made)
+        except LdmError:
+            with suppress(Refused):
+                self.api.delete(self._place(name), preconditions={"uid": made["metadata"]["uid"]})
+            raise
         return self._submission(made), True
 
     def get(self, id: str) -> Submission:
         found = self._find(id)
         one = self._submission(found)
         if one.phase == "queued":
-            why = self._why(found) or one.message
+            try:
+                why = self._why(found) or one.message
+            except Refused as refused:
+                if refused.status != 403:
+                    raise
+                # Who may not look at pods or Workloads hears what the RayJob itself says.
+                why = one.message
             return Submission(one.id, one.phase, why, one.attempt, one.created_at, one.dashboard)
         return one
 
@@ -156,27 +166,39 @@ class KubeJobs:
         # Strict: a server whose KubeRay is older would drop what it does not know.
         return self.api.create(place(self.namespace, "rayjobs", group=RAY), manifest, fieldValidation="Strict", **query)
 
-    def _send_files(self, files: Manifest) -> None:
-        at = place(self.namespace, "configmaps")
-        try:
-            self.api.create(at, files)
-        except Refused as refused:
-            if refused.status != 409:
-                raise
-            name = files["metadata"]["name"]
-            there = self.api.get(place(self.namespace, "configmaps", name))
-            if all(there.get(part) == files.get(part) for part in ("data", "binaryData")):
-                return
-            # Left by a submission that died in between.
-            self.api.delete(place(self.namespace, "configmaps", name))
-            self.api.create(at, files)
+    def _send_files(self, files: Manifest, made: Manifest) -> None:
+        """Give a RayJob its files, which go with it; its pods wait for them.
 
-    def _take_back(self, files: Manifest) -> None:
-        """Of a submission that was refused; what is nobody's else stays, as it may be another submission's."""
-        at = place(self.namespace, "configmaps", files["metadata"]["name"])
-        with suppress(Refused):
-            if (there := self.api.find(at)) is not None and not there["metadata"].get("ownerReferences"):
-                self.api.delete(at)
+        After it, as of several who submit the API server lets one make it: only that one's files are ever touched.
+        """
+        uid = made["metadata"]["uid"]
+        owner = {"apiVersion": RAY, "kind": "RayJob", "name": made["metadata"]["name"], "uid": uid}
+        owner |= {"controller": False, "blockOwnerDeletion": False}
+        owned = {**files, "metadata": files["metadata"] | {"ownerReferences": [owner]}}
+        at = place(self.namespace, "configmaps")
+        name = files["metadata"]["name"]
+        for _ in range(3):
+            try:
+                self.api.create(at, owned)
+                return
+            except Refused as refused:
+                there = self.api.find(place(self.namespace, "configmaps", name))
+                meta = there["metadata"] if there else {}
+                if any(one["uid"] == uid for one in meta.get("ownerReferences", ())):
+                    return
+                if refused.status != 409:
+                    raise
+            if there is not None:
+                # Of a RayJob that was deleted, and goes a moment after it.
+                with suppress(Refused):
+                    self.api.delete(place(self.namespace, "configmaps", name), preconditions={"uid": meta["uid"]})
+        raise LdmError(f"{self.api.said}: ConfigMap {name} is somebody else's; delete it, then submit again")
+
+    def _mend_files(self, job: Job, parcel: Parcel, found: Manifest) -> None:
+        """Of a submission that died after it had made the RayJob."""
+        name = found["metadata"]["name"]
+        if self.api.find(place(self.namespace, "configmaps", name)) is None:
+            self._send_files(manifests(job, parcel, name, self.namespace)[0], found)
 
     def _place(self, name: str) -> str:
         return place(self.namespace, "rayjobs", name, RAY)

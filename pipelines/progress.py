@@ -32,13 +32,13 @@ class Progress:
     def planned(self, planned: Planned, plans: list[tuple[Plan, Shards]]) -> None:
         num_shards = self._expect(plans)
         self.total_rows = sum(int(todo.num_rows.sum()) for _, todo in plans)
-        done = planned.num_shards - num_shards
         twice = f", {planned.num_duplicates} duplicates made once" if planned.num_duplicates else ""
         self._line(f"planned {planned.num_rows} pictures of {planned.num_source_rows} rows{twice}")
         if not num_shards:
             self._line("nothing is left to do")
-        elif done:
-            self._line(f"{done} of {planned.num_shards} shards are done; {self.total_rows} pictures are left")
+        elif num_shards < planned.num_shards:
+            # The others are done, or another slice's.
+            self._line(f"{num_shards} of {planned.num_shards} shards are to be done here: {self.total_rows} pictures")
         if num_shards:
             self._line("starting Ray and loading the model …")
 

@@ -47,6 +47,9 @@ MAX_LINES = 5
 LAST_S = 10
 """Of a pod's grace, for Ray to end after its workers have."""
 
+IDENTITY = ("LDM_BATCH_NAMESPACE", "LDM_BATCH_CLUSTER", SUBMISSION)
+"""Variables that tell the attempts of this RayJob from those of the same job elsewhere."""
+
 Manifest = dict[str, Any]
 
 
@@ -308,12 +311,28 @@ def _scraped(template: Manifest) -> Manifest:
 def _head(cluster: Cluster, volumes: list[Manifest], mounts: list[Manifest], id: str, grows: bool) -> Manifest:
     # Its workers would compute where the driver and Ray's own state live.
     start = {"num-cpus": "0", "dashboard-host": "0.0.0.0"}
-    container = _ray_container(cluster, "ray-head", cluster.head, mounts, {SUBMISSION: id})
+    container = _ray_container(cluster, "ray-head", cluster.head, mounts, {})
+    container["env"] = [*_identity(id), *container.get("env", ())]
     ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
     container["ports"] += [{"containerPort": port, "name": of} for of, port in ports.items()]
     kinds = spot_kinds(cluster)
     template = _pod(cluster, cluster.head, container, [*volumes, _shm(cluster.head)], kinds, talks=grows)
     return {"rayStartParams": start, "template": _scraped(template)}
+
+
+def _identity(id: str) -> list[Manifest]:
+    """IDENTITY, filled in by Kubernetes where the pod is.
+
+    A cluster has no name that a pod could ask for. But Kubernetes puts the root certificate of its API server into each
+    namespace, and as a rule no two have the same.
+    """
+    namespace, cluster, submission = IDENTITY
+    certificate = {"name": "kube-root-ca.crt", "key": "ca.crt", "optional": True}
+    return [
+        {"name": namespace, "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
+        {"name": cluster, "valueFrom": {"configMapKeyRef": certificate}},
+        {"name": submission, "value": f"{id} in $({namespace}) of $({cluster})"},
+    ]
 
 
 def spot_kinds(cluster: Cluster) -> set[str]:

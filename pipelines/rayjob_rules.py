@@ -24,6 +24,9 @@ MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
 TOKEN_SINCE, PRIORITY_SINCE = (2, 52), (2, 56)
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 TLS = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
+TLS_VOLUME = "ray-tls"
+ROCKSDB_VOLUME, ROCKSDB_PATH = "gcs-storage", "/data/gcs-state"
+COLLECTOR = "collector"
 
 Manifest = dict[str, Any]
 Rule = Callable[[Manifest, Manifest], Iterator[str]]
@@ -225,6 +228,10 @@ def _cluster(manifest: Manifest, spec: Manifest) -> Iterator[str]:
     yield from _history(f"{at}.historyServerOptions", cluster, [group for _, group in groups])
     yield from _network(f"{at}.networkPolicy", cluster)
     if cluster.get("tlsOptions", {}).get("enabled"):
+        mounts = [(where, group["template"]["spec"]["containers"][0]) for where, group in groups]
+        for where, container in [*mounts, (f"{at}.autoscalerOptions", options)]:
+            if any(one["name"] == TLS_VOLUME for one in container.get("volumeMounts", ())):
+                yield f"{where}: the volume mount {TLS_VOLUME} is KubeRay's own with tlsOptions; leave it out"
         places = [(where, _env(group)) for where, group in groups]
         places += [(f"{at}.autoscalerOptions", {one["name"]: "" for one in options.get("env", ())})]
         for where, env in places:
@@ -292,6 +299,12 @@ def _fault_tolerance(
         for name in ("RAY_gcs_storage", "RAY_gcs_storage_path"):
             if name in head_env:
                 yield f"{at}.headGroupSpec: env {name} is KubeRay's own with the backend rocksdb; leave it out"
+        pod = cluster["headGroupSpec"]["template"]["spec"]
+        used = {one["name"] for one in pod.get("volumes", ())}
+        for one in pod["containers"][0].get("volumeMounts", ()):
+            used |= {one["name"], one["mountPath"]}
+        for name in sorted(used & {ROCKSDB_VOLUME, ROCKSDB_PATH}):
+            yield f"{at}.headGroupSpec: the volume {name} is KubeRay's own with the backend rocksdb; leave it out"
         storage = options.get("storage", {})
         if storage.get("claimName") and any(storage.get(name) for name in ("size", "storageClassName", "accessModes")):
             yield f"{where}.storage: claimName does not go with size, storageClassName or accessModes"
@@ -310,6 +323,10 @@ def _history(at: str, cluster: Manifest, groups: list[Manifest]) -> Iterator[str
         yield f"{at}.collectorOptions.image: missing; it is needed"
     elif not any(one.get("name") == "STORAGE_BACKEND" and one.get("value") for one in collector.get("env", ())):
         yield f"{at}.collectorOptions.env: STORAGE_BACKEND is missing; it is needed, as a plain value"
+    for group in groups:
+        if any(one["name"] == COLLECTOR for one in group["template"]["spec"]["containers"]):
+            where = f"the group {group['groupName']}" if "groupName" in group else "the head group"
+            yield f"{at}: {where} has a container named {COLLECTOR}, which KubeRay adds by itself; leave it out"
 
 
 def _network(at: str, cluster: Manifest) -> Iterator[str]:

@@ -24,6 +24,8 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first N rows of the table.", metavar="N")]
 Extend = Annotated[bool, typer.Option(help="Add changed rows beside those of an older version of the job.")]
+Join = Annotated[bool, typer.Option("--join", help="Help a run that is alive on the same output.")]
+Takeover = Annotated[bool, typer.Option("--takeover", help="Replace a run that is alive on the same output.")]
 Slice = Annotated[
     str | None,
     typer.Option(

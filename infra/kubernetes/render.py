@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.heartbeat import SUBMISSION
 from pipelines.parcel import pack
-from pipelines.rayjob import FOLDER, Manifest, manifests
+from pipelines.rayjob import FOLDER, IDENTITY, Manifest, manifests
 
 HERE = Path(__file__).resolve().parent
 OVERLAYS = ("kind", "gke-spot", "eks", "kueue")
@@ -65,7 +64,7 @@ def _cluster(job: Manifest) -> Manifest:
         container = pod["containers"][0]
         pod["volumes"] = [one for one in pod["volumes"] if one["name"] != "job"]
         container["volumeMounts"] = [one for one in container["volumeMounts"] if one["mountPath"] != FOLDER]
-        container["env"] = [one for one in container["env"] if one["name"] != SUBMISSION]
+        container["env"] = [one for one in container["env"] if one["name"] not in IDENTITY]
     meta = {"name": CLUSTER, "namespace": job["metadata"]["namespace"], "labels": NAMED}
     return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": meta, "spec": spec}
 

@@ -14,8 +14,9 @@ from pipelines.heartbeat import Heartbeat, end, refuse_if_alive
 from pipelines.slices import Slice
 from pipelines.storage import Store
 from tests.conftest import ROOT
+from tests.faults.nodes import nodes
 from tests.faults.outside import look
-from tests.faults.soak import write_job
+from tests.faults.soak import finish, start, write_job
 
 SBATCH = ROOT / "infra/slurm/ldm-batch.sbatch"
 
@@ -81,6 +82,23 @@ def test_a_slurm_array_does_a_plan_slice_by_slice(tiny_model: Path, tmp_path: Pa
             "2": {1},
             "1": {0, 1},
         }[task]
+
+
+def test_two_slices_that_start_at_the_same_moment_on_nothing_do_each_row_once(tiny_model: Path, tmp_path: Path) -> None:
+    output = write_job(tmp_path, tiny_model, f"file://{tmp_path}/out", {}, 12, steps=2, workers=1)
+    with nodes(1, cpus=4) as cluster:
+        both = [
+            start(output, "--address", cluster.address, "--slice", f"{number}/2", **cluster.environ)
+            for number in (1, 2)
+        ]
+        ended = [finish(one) for one in both]
+    assert [code for code, _ in ended] == [0, 0], (ended, output.job.with_suffix(".log").read_text())
+    # Neither did a row of the other's, and whoever found all of them done has counted the whole.
+    assert [said["num_new_rows"] for _, said in ended] == [6, 6]
+    assert None in [said["slice"] for _, said in ended]
+    seen = look(f"{tmp_path}/out")
+    assert (len(seen.rows), seen.faults, seen.finished, seen.num_orphans) == (12, [], True, 0)
+    assert len(list((tmp_path / "out/_ldm/plans").glob("*.json"))) == 1
 
 
 def test_the_slurm_script_is_what_shellcheck_would_write() -> None:

@@ -50,6 +50,20 @@ def test_it_ends_as_a_user_that_kubernetes_can_tell_from_root() -> None:
     assert any("useradd" in rest and "--uid 1000" in rest for step, rest in last if step == "RUN")
 
 
+def test_a_login_shell_finds_the_same_programs_as_any_other() -> None:
+    [command] = [
+        part for line in said("RUN") for part in line.split("&&") if re.search(r"> /etc/profile\.d/\S+\.sh\s*$", part)
+    ]
+    profile = subprocess.run(
+        ["sh", "-c", command.partition(" >")[0]], capture_output=True, text=True, check=True
+    ).stdout
+    # As /etc/profile of Debian does it: the path of its own, then what lies in profile.d.
+    script = f'PATH=/usr/local/bin:/usr/bin:/bin\n{profile}\necho "$PATH"'
+    path = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    [kept] = [found[1] for line in said("ENV") if (found := re.search(r"PATH=(\S+):\$PATH .*PYTHON", line))]
+    assert path.strip() == f"{kept}:/usr/local/bin:/usr/bin:/bin"
+
+
 def test_nothing_comes_from_an_address_nothing_of_apt_stays_and_nothing_is_secret() -> None:
     assert said("ADD") == []
     for line in said("RUN"):

@@ -252,7 +252,7 @@ def test_the_cluster_of_the_examples_is_one_that_a_rayjob_could_have() -> None:
     assert violations(rayjob_with({"entrypoint": "x", "rayClusterSpec": cluster["spec"]})) == []
     mounted = {volume["name"] for pod in pods([cluster]) for volume in pod["volumes"]}
     assert mounted == {"models", "shared-mem"}
-    assert "LDM_BATCH_SUBMISSION" not in yaml.safe_dump(cluster)
+    assert "LDM_BATCH_" not in yaml.safe_dump(cluster)
 
 
 def test_the_job_of_every_night_is_one_that_kuberay_would_take_and_ends_before_the_next() -> None:

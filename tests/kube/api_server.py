@@ -328,6 +328,9 @@ class FakeKube:
         self, api: str, plural: str, namespace: str, name: str, options: Object, query: dict[str, str]
     ) -> Object:
         found = self.existing(api, plural, namespace, name)
+        uid = options.get("preconditions", {}).get("uid", found["metadata"]["uid"])
+        if uid != found["metadata"]["uid"]:
+            raise Refusal(409, f"Precondition failed: UID in precondition: {uid}, in object: another")
         policy = options.get("propagationPolicy") or query.get("propagationPolicy", "Background")
         if policy == "Foreground" and self.owned(found["metadata"]["uid"]):
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

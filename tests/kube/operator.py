@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -75,7 +76,8 @@ class Operator:
         if job["metadata"].get("deletionTimestamp"):
             self.tear_down(job)
             self.kube.remove(job)
-        elif spec.get("suspend") and state not in ("Suspended", "Complete", "Failed"):
+        # Once it has begun to suspend it goes on with that, whoever resumes the job meanwhile.
+        elif state == "Suspending" or (spec.get("suspend") and state not in ("Suspended", "Complete", "Failed")):
             if state != "Suspending" and state:
                 self.enter(job, "Suspending")
                 return
@@ -203,7 +205,22 @@ class Operator:
         for source in container.get("envFrom", ()):
             secret = self.kube.objects["v1", "secrets", namespace, source["secretRef"]["name"]]
             out |= {key: base64.b64decode(value).decode() for key, value in secret.get("data", {}).items()}
-        return out | {one["name"]: one["value"] for one in container.get("env", ())}
+        for one in container.get("env", ()):
+            if (value := self.value(one, namespace)) is not None:
+                # A variable that was not set before stands for itself.
+                out[one["name"]] = re.sub(r"\$\((\w+)\)", lambda found: out.get(found[1], found[0]), value)
+        return out
+
+    def value(self, variable: Object, namespace: str) -> str | None:
+        source = variable.get("valueFrom", {})
+        if source.get("fieldRef", {}).get("fieldPath") == "metadata.namespace":
+            return namespace
+        if asked := source.get("configMapKeyRef"):
+            found = self.kube.objects.get(("v1", "configmaps", namespace, asked["name"]), {})
+            said: str | None = found.get("data", {}).get(asked["key"])
+            assert said is not None or asked.get("optional")
+            return said
+        return str(variable["value"])
 
     def finish(self, job: Object, attempt: Attempt, code: int) -> None:
         uid, spec, status = job["metadata"]["uid"], job["spec"], job.get("status", {})

@@ -63,6 +63,23 @@ def test_a_job_from_submit_to_cancel(
     assert (followed.exit_code, "ends with 0" in followed.output) == (0, True), followed.output
 
 
+def test_a_job_that_found_its_output_busy_is_submitted_again_to_help_or_replace_the_other(
+    kube: FakeKube, job: Path
+) -> None:
+    assert ldm_batch("submit", job, "--kube").exit_code == 0
+    (first,) = kube.all(RAY, "rayjobs")
+    kube.put(RAY, "rayjobs", {**first, "status": {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}})
+    again = ldm_batch("submit", job, "--kube", "--takeover", "--limit", "1", "--json")
+    assert json.loads(again.output)["id"] != first["metadata"]["name"]
+    again = ldm_batch("submit", job, "--kube", "--takeover", "--json")
+    # It is the same job, so that `status` and the others know it by its file.
+    assert json.loads(again.output)["id"] == first["metadata"]["name"]
+    entrypoints = {one["metadata"]["name"]: one["spec"]["entrypoint"] for one in kube.all(RAY, "rayjobs")}
+    assert entrypoints[f"{first['metadata']['name']}-2"].endswith("--takeover")
+    _, rendered = yaml.safe_load_all(ldm_batch("render", job, "--join").output)
+    assert rendered["spec"]["entrypoint"].endswith("--dead-letters-ok --join")
+
+
 def test_what_is_rendered_is_what_is_sent(kube: FakeKube, job: Path) -> None:
     rendered = ldm_batch("render", job)
     assert rendered.exit_code == 0, rendered.output

@@ -14,6 +14,7 @@ from aiohttp import web
 from pipelines.backend import Parcel
 from pipelines.errors import JobError, LdmError
 from pipelines.kube_jobs import KubeJobs, phase_of, why_pending
+from pipelines.rayjob import job_of, rayjob
 from tests.kube.api_server import FakeKube, Fault
 from tests.kube.certificate import write_certificate
 from tests.kube.operator import Operator, wait_until
@@ -116,8 +117,32 @@ def test_suspended_gives_the_cluster_back_and_resumed_starts_another(
     assert jobs.submit(parcel)[1] is False
     jobs.resume(parcel.id)
     reach(jobs, parcel.id, "running")
+    # Resumed before its cluster has gone.
+    jobs.suspend(parcel.id)
+    wait_until(lambda: operator.walked[-1][1] in ("Suspending", "Suspended"))
+    jobs.resume(parcel.id)
+    reach(jobs, parcel.id, "running")
     endings(0)
     reach(jobs, parcel.id, "succeeded")
+
+
+def test_one_job_in_two_namespaces_or_clusters_is_two_submissions(
+    kube: FakeKube, tmp_path: Path, make_parcel: Make
+) -> None:
+    head = rayjob(job_of(make_parcel()), make_parcel())["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    operator = Operator(kube, tmp_path)
+
+    def identity(namespace: str) -> str:
+        return operator.environment(head["containers"][0], namespace)["LDM_BATCH_SUBMISSION"]
+
+    # A cluster that lets nobody have its certificate tells namespaces apart all the same.
+    found = [identity("here"), identity("there")]
+    for certificate in ("one", "another"):
+        root = {"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": certificate}}
+        kube.put("v1", "configmaps", root, "here")
+        assert identity("here") == identity("here")
+        found.append(identity("here"))
+    assert len(set(found)) == 4
 
 
 def test_cancelled_is_deleted_with_all_that_belongs_to_it(
@@ -166,6 +191,11 @@ def test_under_kueue_it_waits_in_its_queue_and_is_suspended_there(
     }
     kube.put(KUEUE, "workloads", workload)
     assert jobs.get(parcel.id).message == "waits in queue gpus: insufficient quota for nvidia.com/gpu"
+    kube.denied.add(("list", "workloads"))
+    assert jobs.get(parcel.id).message == "waits in queue gpus"
+    with pytest.raises(LdmError, match="cannot list .*workloads.*; ask whoever runs the cluster for that right"):
+        jobs.suspend(parcel.id)
+    kube.denied.clear()
     jobs.suspend(parcel.id)
     assert jobs.get(parcel.id).phase == "suspended"
     assert kube.all(KUEUE, "workloads")[0]["spec"]["active"] is False
@@ -221,16 +251,51 @@ def test_an_operator_that_does_not_know_a_field_is_found_by_a_dry_run(
 
 def test_a_lost_answer_and_a_rival_make_no_second_job(kube: FakeKube, jobs: KubeJobs, make_parcel: Make) -> None:
     parcel = make_parcel()
-    # The dry run, then the job itself.
-    kube.faults += [Fault("POST", "rayjobs$", 0, times=0), Fault("PATCH", "configmaps", 0, times=0)]
+    # After the dry run that of the job itself, then that of its files.
+    kube.faults.append(Fault("POST", "configmaps$", 0))
     jobs._create = lose_second_answer(kube, jobs)  # type: ignore[method-assign]
     submitted, _ = jobs.submit(parcel)
     assert (submitted.id, made(kube)) == (parcel.id, (1, 1))
-    # Files that another submission has just left: the same content, so the same.
+    # Files that the garbage collector takes away in a moment: their RayJob is gone.
     (job,) = kube.all(RAY, "rayjobs")
     kube.objects.pop((RAY, "rayjobs", "default", job["metadata"]["name"]))
     assert KubeJobs().submit(parcel)[1] is True
     assert made(kube) == (1, 1)
+    assert owners(kube) == {kube.all(RAY, "rayjobs")[0]["metadata"]["uid"]}
+
+
+def owners(kube: FakeKube) -> set[str]:
+    return {one["metadata"]["ownerReferences"][0]["uid"] for one in kube.all("v1", "configmaps")}
+
+
+def test_a_submission_that_died_without_sending_the_files_is_mended_by_the_next(
+    kube: FakeKube, jobs: KubeJobs, make_parcel: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parcel = make_parcel()
+    with monkeypatch.context() as patch:
+        patch.setattr(KubeJobs, "_send_files", lambda *_: None)
+        assert jobs.submit(parcel)[1] is True
+    assert made(kube) == (1, 0)
+    assert KubeJobs().submit(parcel)[1] is False
+    assert made(kube) == (1, 1)
+    assert owners(kube) == {kube.all(RAY, "rayjobs")[0]["metadata"]["uid"]}
+
+
+def test_who_is_refused_touches_nothing_of_who_was_first(kube: FakeKube, jobs: KubeJobs, make_parcel: Make) -> None:
+    parcel = make_parcel()
+    look = jobs._all
+
+    def look_too_early(id: str) -> Any:
+        found = look(id)
+        # Between the look and what follows another submits.
+        assert KubeJobs().submit(parcel)[1] is (not found)
+        return found
+
+    jobs._all = look_too_early  # type: ignore[method-assign]
+    kube.faults.append(Fault("POST", "configmaps$", 500, times=0))
+    assert jobs.submit(parcel)[1] is False
+    assert made(kube) == (1, 1)
+    assert [path for verb, path in kube.requests if verb == "DELETE"] == []
 
 
 def lose_second_answer(kube: FakeKube, jobs: KubeJobs) -> Callable[..., Any]:

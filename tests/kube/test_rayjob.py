@@ -98,7 +98,7 @@ def test_every_field_of_the_cluster_section_reaches_the_manifest(make_parcel: Ma
     }
     for template in (head, l4["template"]):
         container = template["spec"]["containers"][0]
-        environ = {one["name"]: one["value"] for one in container["env"]}
+        environ = {one["name"]: one.get("value") for one in container["env"]}
         assert environ["HF_HOME"] == "/models"
         assert (environ["HF_HUB_OFFLINE"], environ["REGION"]) == ("1", "north")
         assert container["envFrom"] == [{"secretRef": {"name": "s3"}}]

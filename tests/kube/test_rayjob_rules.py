@@ -17,6 +17,9 @@ LABEL = {"kueue.x-k8s.io/queue-name": "q"}
 HEAD = "spec.rayClusterSpec.headGroupSpec"
 CONTAINER = f"{HEAD}.template.spec.containers.0"
 WORKERS = "spec.rayClusterSpec.workerGroupSpecs.0"
+ROCKSDB: dict[str, Any] = {"spec.rayClusterSpec.gcsFaultToleranceOptions": {"backend": "rocksdb"}}
+COLLECTOR = {"image": "registry/collector", "env": [{"name": "STORAGE_BACKEND", "value": "S3"}]}
+HISTORY: dict[str, Any] = {"spec.rayClusterSpec.historyServerOptions": {"collectorOptions": COLLECTOR}}
 GROUP = {"groupName": "g", "minReplicas": 1, "maxReplicas": 1, "template": {"spec": {"containers": [{"name": "w"}]}}}
 
 
@@ -184,6 +187,42 @@ OPERATOR: list[tuple[dict[str, Any], str, str]] = [
         "gpus",
         "autoscalerOptions: env RAY_TLS_CA_CERT is KubeRay's own",
     ),
+    (
+        {
+            "spec.rayClusterSpec.tlsOptions": {"enabled": True},
+            f"{WORKERS}.template.spec.containers.0.volumeMounts": [{"name": "ray-tls", "mountPath": "/mine"}],
+        },
+        "gpus",
+        "workerGroupSpecs.0: the volume mount ray-tls is KubeRay's own",
+    ),
+    (
+        {
+            "spec.rayClusterSpec.tlsOptions": {"enabled": True},
+            "spec.rayClusterSpec.autoscalerOptions.volumeMounts": [{"name": "ray-tls", "mountPath": "/mine"}],
+        },
+        "gpus",
+        "autoscalerOptions: the volume mount ray-tls is KubeRay's own",
+    ),
+    (
+        ROCKSDB | {f"{CONTAINER}.volumeMounts": [{"name": "mine", "mountPath": "/data/gcs-state"}]},
+        "gpus",
+        "headGroupSpec: the volume /data/gcs-state is KubeRay's own",
+    ),
+    (
+        ROCKSDB | {f"{HEAD}.template.spec.volumes": [{"name": "gcs-storage", "emptyDir": {}}]},
+        "gpus",
+        "headGroupSpec: the volume gcs-storage is KubeRay's own",
+    ),
+    (
+        HISTORY | {f"{HEAD}.template.spec.containers": [{"name": "ray-head"}, {"name": "collector"}]},
+        "gpus",
+        "the head group has a container named collector",
+    ),
+    (
+        HISTORY | {f"{WORKERS}.template.spec.containers": [{"name": "ray-worker"}, {"name": "collector"}]},
+        "gpus",
+        "has a container named collector",
+    ),
     ({"spec.rayClusterSpec.upgradeStrategy": {"type": "Recreate"}}, "gpus", "upgradeStrategy.type"),
     ({"spec.rayClusterSpec.networkPolicy.mode": "DenyAllEgress"}, "fault_tolerant", "nothing is denied there"),
     ({"spec.shutdownAfterJobFinishes": GONE, "spec.suspend": False}, "kueue", "must be true under Kueue"),
@@ -204,6 +243,16 @@ def test_what_kuberay_refuses_is_refused_in_one_line_that_says_where(
     lines = violations(mutated(name, changes))
     assert any(said in line for line in lines), lines
     assert all("\n" not in line and len(line) < 500 for line in lines)
+
+
+def test_what_kuberay_keeps_to_itself_is_free_where_it_does_not_use_it() -> None:
+    mounts = [{"name": "gcs-storage", "mountPath": "/data/gcs-state"}, {"name": "ray-tls", "mountPath": "/tls"}]
+    own: dict[str, Any] = {
+        f"{HEAD}.template.spec.containers": [{"name": "ray-head", "volumeMounts": mounts}, {"name": "collector"}],
+        f"{HEAD}.template.spec.volumes": [{"name": one["name"], "emptyDir": {}} for one in mounts],
+    }
+    assert violations(mutated("gpus", own)) == []
+    assert violations(mutated("gpus", ROCKSDB | HISTORY)) == []
 
 
 def test_what_is_no_manifest_at_all_is_refused_too() -> None:

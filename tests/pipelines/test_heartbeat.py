@@ -57,18 +57,23 @@ def test_an_attempt_that_a_cluster_starts_again_does_not_wait_for_the_one_before
 ) -> None:
     store = Store(str(tmp_path))
 
-    def beat(run_id: str, submission: str | None) -> None:
+    def beat(run_id: str, submitted_as: str) -> None:
+        monkeypatch.setenv(heartbeat.SUBMISSION, submitted_as)
+        submission = heartbeat._this_process()["submission"]
+        monkeypatch.delenv(heartbeat.SUBMISSION)
         # On a node that is gone, whose last beat is fresh.
         said = {"run_id": run_id, "host": "another", "boot": "b", "pid": 1, "born": "1", "submission": submission}
         store.write(f"{heartbeat.RUNS}/{run_id}/heartbeat.json", json.dumps(said).encode())
 
-    beat("1", "shapes-1")
-    beat("2", "shapes-1")
+    mine = "shapes-1 in batch of -----BEGIN CERTIFICATE-----\nMIID"
+    beat("1", mine)
+    beat("2", mine)
     with pytest.raises(RunAlive):
         heartbeat.refuse_if_alive(store, "2", False, False, "wait")
-    monkeypatch.setenv(heartbeat.SUBMISSION, "shapes-1")
+    monkeypatch.setenv(heartbeat.SUBMISSION, mine)
     heartbeat.refuse_if_alive(store, "2", False, False, "wait")
     assert store.read(heartbeat.stop_path("1")) is not None
-    beat("0", "somebody-else-s")
+    beat("0", mine.replace("batch", "another"))
+    monkeypatch.setenv(heartbeat.SUBMISSION, mine)
     with pytest.raises(RunAlive):
         heartbeat.refuse_if_alive(store, "2", False, False, "wait")
