@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipelines.errors import EXIT_TERMINATED, JobError
-from pipelines.terminal import Extend, JobPath, Join, Json, Limit, Set, Slice, Takeover, emit, one_line_errors
+from pipelines.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, JobError
+from pipelines.terminal import Extend, JobPath, Join, Json, Limit, Set, Slice, Takeover, emit, fail, one_line_errors
 
 if TYPE_CHECKING:
     from pipelines.backend import Backend, Parcel, Submission
@@ -75,9 +75,11 @@ def submit(
         there, made = back_end.submit(parcel)
         emit(as_json, asdict(there) | {"submitted": made}, lambda: _submitted(there, made, where))
         if follow:
-            for line in back_end.logs(there.id, follow=True):
-                typer.echo(line, err=as_json)
-            raise typer.Exit(_end(back_end, there.id))
+            with _looking_on(there.id, where, as_json):
+                for line in back_end.logs(there.id, follow=True):
+                    typer.echo(line, err=as_json)
+                code = _end(back_end, there.id)
+            raise typer.Exit(code)
 
 
 def render(
@@ -119,9 +121,11 @@ def logs(
 ) -> None:
     """Show what a submitted job says; --json makes one object of each line."""
     with one_line_errors(as_json):
-        back_end, _ = _back_end(address, kube, namespace, context)
-        for line in back_end.logs(_id(job, set_), follow):
-            typer.echo(json.dumps({"line": line}) if as_json else line)
+        back_end, where = _back_end(address, kube, namespace, context)
+        id = _id(job, set_)
+        with _looking_on(id, where, as_json):
+            for line in back_end.logs(id, follow):
+                typer.echo(json.dumps({"line": line}) if as_json else line)
 
 
 def list_(
@@ -238,6 +242,16 @@ def _act(
         emit(as_json, asdict(there), lambda: f"{there.id} {words}\nnext:\n  ldm-batch status {there.id}{where}")
 
 
+@contextmanager
+def _looking_on(id: str, where: str, as_json: bool) -> Iterator[None]:
+    """Ctrl-C ends the looking, never the job."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = f"looked away; {id} goes on, `ldm-batch cancel {id}{where}` ends it"
+        fail(message, EXIT_INTERRUPTED, as_json)
+
+
 def _end(back_end: Backend, id: str) -> int:
     """How a job ended whose log has: some moments later its cluster knows, too."""
     until = time.monotonic() + 30
@@ -280,7 +294,9 @@ def _manifests(job: Any, parcel: Parcel, kube: bool, namespace: str | None) -> l
 
         return [request(parcel, 1)]
     with _needing_k8s():
+        from pipelines.kube_api import refuse_no_namespace
         from pipelines.rayjob import manifests
+    refuse_no_namespace(namespace)
     return manifests(job, parcel, namespace=namespace)
 
 

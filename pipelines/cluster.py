@@ -17,8 +17,13 @@ KEEP_IDLE = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
 """Ray ends a process that has had no task for a second, and starts the next one for 2 s of a core: of shards that come
 every few seconds, a fifth of a small machine (measured, Ray 2.60). A node reads it when it starts."""
 
-LOCAL = "local"
-"""What Ray calls a cluster that it starts itself."""
+LOCAL, AUTO = "local", "auto"
+"""What Ray calls a cluster that it starts itself, and one that it finds on this machine."""
+
+SETTINGS = b"\x04"
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
+"""How a client of gRPC begins: a preface and an empty frame of settings (RFC 9113, 3.4 and 6.5), which a server answers
+with its own."""
 
 
 @contextmanager
@@ -59,7 +64,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             _refuse_other_versions(str(error), f"{said} {address}")
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             at = f"{said} {address}: " if address != LOCAL else ""
-            way_out = "check that it is there, or try without it" if at else "run the same command again"
+            way_out = "check that it is there, and its token in RAY_AUTH_TOKEN" if at else "run the same command again"
             raise RunFailed(f"{at}no Ray cluster could be reached or started ({reason}); {way_out}") from None
     quiet_ray_data()
     try:
@@ -81,6 +86,8 @@ def knock(address: str | None) -> None:
     said = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     refuse_other_doors(address, said)
+    if address == AUTO:
+        address = _found_here(said)
     reach(address, said)
 
 
@@ -119,6 +126,11 @@ def refuse_other_doors(address: str, said: str = "--address") -> None:
             f"{said} {address}: that is a dashboard; `ldm-batch submit --address {address}` sends the job there, "
             "`run` takes host:port"
         )
+    if address not in (LOCAL, AUTO) and not re.fullmatch(r"(\[[^\s\[\]]+\]|[^\s\[\]:/]+):\d{1,5}", address):
+        raise JobError(
+            f"{said} {address[:200]}: no address of a Ray cluster; give host:port of its head, such as head:6379, "
+            "or auto"
+        )
 
 
 def _refuse_other_versions(message: str, where: str) -> None:
@@ -139,15 +151,41 @@ def reach(address: str, said: str = "--address") -> None:
     """Knock at `host:port` first: Ray itself would wait for minutes.
 
     Raises:
-        RunFailed: nobody answers within five seconds.
+        RunFailed: nobody answers within five seconds, or somebody else.
     """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return
+    with_tls = os.environ.get("RAY_USE_TLS", "0") != "0"
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as there:
+            if with_tls:
+                return
+            there.sendall(HTTP2)
+            answer = there.recv(9)
     except (OSError, OverflowError) as error:
         raise RunFailed(f"{said} {address}: no Ray cluster answers there ({error}); check host and port") from None
+    if answer[3:4] != SETTINGS:
+        raise RunFailed(
+            f"{said} {address}: what answers there is no Ray cluster; check the port: that of `ray start --port`, 6379 "
+            "if left out, and not the dashboard's"
+        )
+
+
+def _found_here(said: str) -> str:
+    """The cluster that `auto` stands for, so that nobody waits for a plan if there is none.
+
+    Raises:
+        RunFailed: there is none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address(AUTO) or LOCAL
+    except ConnectionError:
+        raise RunFailed(
+            f"{said} {AUTO}: no Ray cluster is found on this machine; start a node of it here, or give host:port"
+        ) from None
 
 
 def num_cpus() -> float:

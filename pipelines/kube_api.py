@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +203,18 @@ class KubeApi:
                 return f"{self.said}: {message}; run the same command again"
             case _:
                 return f"{self.said}: {message} (HTTP {status})"
+
+
+def refuse_no_namespace(said: str | None) -> None:
+    """
+    Raises:
+        JobError: `said` can be the name of none (RFC 1123, a label).
+    """
+    if said is not None and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", said):
+        raise JobError(
+            f"--namespace {said[:80]!r}: no name of a namespace; give a-z, 0-9 and -, such as `kubectl get namespaces` "
+            "shows"
+        )
 
 
 def place(namespace: str, plural: str, name: str = "", group: str = "") -> str:

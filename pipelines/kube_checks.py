@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.cluster_section import SPOT, Cluster, amount
 from pipelines.doctor import Diagnosis, Finding
 from pipelines.job import Job
-from pipelines.kube_api import KubeApi, Refused, place
+from pipelines.kube_api import KubeApi, Refused, place, refuse_no_namespace
 from pipelines.rayjob import gpus_of
 
 RAY = "ray.io/v1"
@@ -31,11 +31,13 @@ def diagnose(namespace: str | None, context: str | None, job: Job | None) -> Dia
     Raises:
         LdmError: the cluster cannot be asked.
     """
+    refuse_no_namespace(namespace)
     api = KubeApi(context)
     where = namespace or (job.cluster.namespace if job else None) or api.namespace
     found = findings(api, where, job)
     lacking = broken(found)
-    mode = f"{len(lacking)} things are missing; nothing can be submitted yet" if lacking else "a job can be submitted"
+    count = "1 thing is" if len(lacking) == 1 else f"{len(lacking)} things are"
+    mode = f"{count} missing; nothing can be submitted yet" if lacking else "a job can be submitted"
     return Diagnosis(api.settings.host, found, mode)
 
 

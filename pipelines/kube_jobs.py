@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.backend import ENDED, Parcel, Phase, Submission, Submissions, numbered
 from pipelines.errors import JobError, LdmError
 from pipelines.job import Job
-from pipelines.kube_api import KubeApi, Refused, place
+from pipelines.kube_api import KubeApi, Refused, place, refuse_no_namespace
 from pipelines.kube_checks import INSTALL, RAY, broken, findings, kueue
 from pipelines.rayjob import DRIVER, ID_LABEL, MANAGED, MAX_LINES, job_of, manifests
 from pipelines.rayjob_rules import QUEUE_LABEL
@@ -33,6 +33,7 @@ class KubeJobs:
     """A `backend.Backend`: `namespace` and `context` as for kubectl."""
 
     def __init__(self, namespace: str | None = None, context: str | None = None) -> None:
+        refuse_no_namespace(namespace)
         self.api = KubeApi(context)
         self.said = namespace
         self.namespace = namespace or self.api.namespace
@@ -138,7 +139,7 @@ class KubeJobs:
         """Give the cluster back and keep the RayJob; under Kueue the queue is told not to admit it."""
         found = self._alive(id)
         if self._submission(found).phase == "suspended":
-            return
+            raise JobError(f"{id} is suspended already; nothing is to be stopped")
         self._set(found, suspended=True)
 
     def resume(self, id: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ STOP_WAIT_S = 600
 """How long a driver that is asked to end may finish the shards in flight. The job server's own 3 s would lose them."""
 
 SUSPEND_WAIT_S = 30.0
+
+EARLY = (-signal.SIGTERM, -signal.SIGINT, signal.SIGTERM)
+"""Exit codes of a driver that had not come so far as to listen for signals: Python's, and Ray's while it starts."""
 
 PACKAGES = ("pipelines", "ldm_ops")
 """This very code travels: what was checked here is what runs there. What it imports is the cluster's."""
@@ -80,17 +84,19 @@ class RayJobs:
                 yield from self.client.get_job_logs(name).splitlines()
             return
         rest = ""
-        loop = asyncio.new_event_loop()
-        try:
-            with self._one_line():
-                pieces = self.client.tail_job_logs(name)
-                while (piece := loop.run_until_complete(anext(pieces, None))) is not None:
-                    *lines, rest = (rest + piece).split("\n")
-                    yield from lines
-            if rest:
-                yield rest
-        finally:
-            loop.close()
+        # It closes what is open, too, where somebody looks away in the midst of a log.
+        with asyncio.Runner() as runner, self._one_line():
+            pieces = self.client.tail_job_logs(name)
+
+            async def next_piece() -> str | None:
+                piece: str | None = await anext(pieces, None)
+                return piece
+
+            while (piece := runner.run(next_piece())) is not None:
+                *lines, rest = (rest + piece).split("\n")
+                yield from lines
+        if rest:
+            yield rest
 
     def cancel(self, id: str) -> None:
         with self._one_line():
@@ -106,7 +112,8 @@ class RayJobs:
             raise JobError(f"{one.id} has not begun ({one.message}); wait until it runs, or cancel it")
         with self._one_line():
             there = self.client.get_job_info(self._name(one))
-            # Beside the driver: a job without resources of its own runs on the head node, in the same folder.
+            # Beside the driver: a job without resources of its own runs on the head node, in the same folder. It stays
+            # in the dashboard: what is deleted so soon is noted there as one that failed (Ray 2.60).
             helper = self.client.submit_job(
                 entrypoint=f"kill -TERM $(cat {_pid_file(one.id)})", runtime_env=there.runtime_env
             )
@@ -117,7 +124,6 @@ class RayJobs:
                 # It may have ended by itself meanwhile.
                 self._alive(id)
                 raise RunFailed(f"{self.address}: {one.id} could not be told to stop; `ldm-batch cancel` ends it")
-            self.client.delete_job(helper)
 
     def resume(self, id: str) -> None:
         one = self.get(id)
@@ -239,7 +245,7 @@ def phase_of(status: str, exit_code: int | None, message: str) -> tuple[Phase, s
         return "succeeded", ""
     if exit_code == EXIT_DEAD_LETTERS:
         return "succeeded", "some rows failed; `ldm-batch errors` shows them"
-    if exit_code in (EXIT_TERMINATED, EXIT_INTERRUPTED):
+    if exit_code in (EXIT_TERMINATED, EXIT_INTERRUPTED, *EARLY):
         return "suspended", "stopped by a signal; what is committed stays"
     return "failed", _last_line(message)
 
@@ -253,7 +259,14 @@ def _last_line(message: str) -> str:
 def _reason(error: Exception) -> str:
     kind = type(error).__name__
     if kind == "AuthenticationError":
+        if os.environ.get("RAY_AUTH_MODE") == "token":
+            return "the cluster does not take this token; set RAY_AUTH_TOKEN to the one that it was started with"
         return "the cluster asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+    # Ray's client says only that it could not connect.
+    if "[SSL" in f"{error} {error.__context__}":
+        return (
+            "no TLS there, or none that is trusted (REQUESTS_CA_BUNDLE names a CA); a dashboard itself speaks http://"
+        )
     if isinstance(error, OSError):
         return "no job server answers there; check host and port, and that the cluster has a dashboard (ray[default])"
     lines = [line.strip(" .") for line in str(error).splitlines() if line.strip(" .")]

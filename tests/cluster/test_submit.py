@@ -142,16 +142,24 @@ def test_what_cannot_be_is_one_line_before_anything_starts(
         (["submit", job], "no cluster is named; give --address http://head:8265, or --kube"),
         (["status", "nobody-0123456789", "--address", ray_head.dashboard], "no job nobody-0123456789; `ldm-batch list"),
         (["submit", job, "--address", "head:8265"], "the address of a cluster's dashboard is needed"),
+        (
+            ["submit", job, "--address", ray_head.dashboard.replace("http", "https")],
+            "a dashboard itself speaks http://",
+        ),
         (["submit", job, "--address", nobody, "--set", "sink.path=out"], "sink.path out is relative to a folder"),
         (["submit", job, "--address", nobody, "--slice", "9/8"], "--slice '9/8': give a number from 1 on"),
         (["run", job, "--address", "ray://127.0.0.1:1"], "Ray Data does not work through a Ray Client"),
         (["run", job, "--address", nobody], "that is a dashboard; `ldm-batch submit --address"),
+        (["run", job, "--address", ray_head.dashboard[7:]], "what answers there is no Ray cluster; check the port"),
     ]:
         done = ldm_batch(*arguments, cwd=tmp_path, **ray_head.environ)
         assert (done.returncode in (1, 2), problem in done.stderr) == (True, True), done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     stranger = ldm_batch("list", "--address", ray_head.dashboard, cwd=tmp_path, RAY_AUTH_MODE="disabled")
     assert "asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in stranger.stderr
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    stranger = ldm_batch("list", "--address", ray_head.dashboard, cwd=tmp_path, **wrong)
+    assert "does not take this token; set RAY_AUTH_TOKEN to the one" in stranger.stderr
     assert not (tmp_path / "out").exists()
 
 

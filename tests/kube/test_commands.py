@@ -114,6 +114,8 @@ def test_doctor_says_all_that_is_missing_at_once(
     assert any(line.startswith(f"weak    GPUs: {text}") for line in lines)
     assert "ok      KubeRay: ray.io/v1 is served, with the fields of 1.7" in lines
     assert "3 things are missing" in lines[-1]
+    said = ldm_batch("doctor", "--kube", "--namespace", "../x")
+    assert (said.exit_code, "no name of a namespace" in said.output) == (2, True)
 
 
 def test_doctor_without_a_job_looks_at_the_cluster_alone(kube: FakeKube) -> None:
@@ -131,6 +133,8 @@ def test_doctor_without_a_job_looks_at_the_cluster_alone(kube: FakeKube) -> None
         (["--set", "cluster.env={API_TOKEN: hush}"], "looks like a secret"),
         (["--context", "prod"], "no such context"),
         (["--address", "http://head:8265"], "are two clusters"),
+        (["--namespace", "A b"], "--namespace 'A b': no name of a namespace"),
+        (["--namespace", "A b", "--dry-run"], "--namespace 'A b': no name of a namespace"),
     ],
 )
 def test_a_wrong_submission_is_one_line_and_asks_nobody(

@@ -109,8 +109,9 @@ def test_suspended_gives_the_cluster_back_and_resumed_starts_another(
     with pytest.raises(JobError, match="not suspended"):
         jobs.resume(parcel.id)
     jobs.suspend(parcel.id)
-    jobs.suspend(parcel.id)
     assert jobs.get(parcel.id).phase == "suspended"
+    with pytest.raises(JobError, match="is suspended already; nothing is to be stopped"):
+        jobs.suspend(parcel.id)
     wait_until(lambda: operator.walked[-1][1] == "Suspended")
     assert kube.all(RAY, "rayclusters") == []
     # Followed while nothing goes on, it ends; the same submission is found again.

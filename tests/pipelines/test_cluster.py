@@ -6,18 +6,47 @@ import os
 import subprocess
 import sys
 import tempfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from pipelines.cluster import ray_cluster, reach
-from pipelines.errors import RunFailed
+from pipelines.cluster import knock, ray_cluster, reach, refuse_other_doors
+from pipelines.errors import JobError, RunFailed
 from tests.conftest import ROOT, free_port
 
 
 def test_an_address_where_nobody_answers_is_named_at_once() -> None:
     with pytest.raises(RunFailed, match=r"--address 127.0.0.1:\d+: no Ray cluster answers there .*check host and port"):
         reach(f"127.0.0.1:{free_port()}")
+
+
+def test_a_port_where_somebody_else_answers_is_named_at_once() -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(RunFailed, match=r"what answers there is no Ray cluster; check the port: .* dashboard's$"):
+            reach(f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def test_auto_where_no_cluster_is_found_is_named_before_anything_is_planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As on a machine with no Ray but that of these tests.
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(RunFailed, match="--address auto: no Ray cluster is found on this machine; start a node"):
+        knock("auto")
+
+
+@pytest.mark.parametrize("address", ["nonsense", "a b:1", "head:", "head:123456", "tcp://head:6379", ";touch x"])
+def test_what_is_no_address_is_refused_before_anybody_is_asked(address: str) -> None:
+    with pytest.raises(JobError, match="no address of a Ray cluster; give host:port of its head") as caught:
+        refuse_other_doors(address)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("address", ["auto", "local"])
