@@ -16,6 +16,7 @@ import yaml
 from pipelines.backend import JOB_FILE, Parcel
 from pipelines.cluster_section import SPOT, Cluster, Pods, Toleration, Workers, amount
 from pipelines.errors import JobError
+from pipelines.fitting import Node, arrange
 from pipelines.heartbeat import SUBMISSION
 from pipelines.job import Job, parse_job
 from pipelines.rayjob_rules import QUEUE_LABEL, violations
@@ -75,6 +76,7 @@ def manifests(job: Job, parcel: Parcel, name: str | None = None, namespace: str 
             would not take it.
     """
     both = [config_map(job, parcel, name), rayjob(job, parcel, name)]
+    _refuse_pools_without_room(job)
     for one in both:
         if namespace is not None:
             one["metadata"]["namespace"] = namespace
@@ -343,6 +345,32 @@ def spot_kinds(cluster: Cluster) -> set[str]:
 def gpus_of(job: Job, group: Workers) -> int:
     """GPUs of one pod of a group: those named, else what the stages' workers need."""
     return group.gpus if group.gpus is not None else math.ceil(max(stage.num_gpus for stage in job.stages))
+
+
+def _refuse_pools_without_room(job: Job) -> None:
+    """Try the stages' pools in the pods that there are at most; what a node says of itself is known only there.
+
+    Raises:
+        JobError: they do not fit. Each retry would start a whole cluster to find that out.
+    """
+    nodes = [
+        Node(math.ceil(amount(group.cpus)), gpus_of(job, group), labels=group.labels)
+        for group in job.cluster.workers
+        for _ in range(group.replicas)
+    ]
+    pools = [
+        stage.model_copy(
+            update={
+                "accelerator_type": None,
+                "labels": {name: value for name, value in stage.labels.items() if not name.startswith("ray.io/")},
+            }
+        )
+        for stage in job.stages
+    ]
+    try:
+        arrange([(pool, 0) for pool in pools], nodes)
+    except JobError as error:
+        raise JobError(f"cluster.workers have no room for the stages: {error}") from None
 
 
 def _workers(job: Job, group: Workers, volumes: list[Manifest], mounts: list[Manifest]) -> Manifest:

@@ -118,6 +118,9 @@ def test_places_that_every_node_may_have_stay_as_they_are(here: Path) -> None:
         ("SUCCEEDED", 0, "succeeded"),
         ("FAILED", 3, "succeeded"),
         ("FAILED", 143, "suspended"),
+        # Told to stop while Python, then Ray, was starting.
+        ("FAILED", -15, "suspended"),
+        ("FAILED", 15, "suspended"),
         ("FAILED", 75, "failed"),
         ("FAILED", None, "failed"),
     ],
