@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 11):  # noqa: UP036 - `submit` sends this code where no installer has looked
+    raise SystemExit(f"this Python is {sys.version.split()[0]}, ldm-batch needs 3.11; give the cluster a newer one")
 
 if TYPE_CHECKING:
     from pipelines.errors import LdmError as LdmError

@@ -22,6 +22,14 @@ def test_an_address_where_nobody_answers_is_named_at_once() -> None:
         reach(f"127.0.0.1:{free_port()}")
 
 
+def test_a_python_that_is_too_old_is_one_line() -> None:
+    script = "import sys; sys.version_info = (3, 10, 4); import pipelines"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.endswith("ldm-batch needs 3.11; give the cluster a newer one\n")
+    assert len(found.stderr.splitlines()) == 1
+
+
 def test_a_port_where_somebody_else_answers_is_named_at_once() -> None:
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
