@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from pipelines.backend import submission_id
 from pipelines.errors import JobError
 from pipelines.parcel import pack
-from pipelines.ray_jobs import phase_of
+from pipelines.ray_jobs import phase_of, request
 
 OPTIONS = {"key": "${env:S3_KEY}", "secret": "${env:S3_SECRET:-none}", "client_kwargs": {"region_name": "eu"}}
 
@@ -50,6 +51,16 @@ def test_tables_travel_and_the_environment_of_this_machine_does_not(here: Path) 
     texts = [(folder / path).read_text() for path in job["source"]["path"]]
     assert texts == ["prompt\na a\n", "prompt\na b\n"]
     assert {path.name for path in folder.rglob("*") if path.is_file()} == {"job.yaml", "0000-a.csv", "0001-b.csv"}
+
+
+def test_a_job_file_with_any_name_gives_the_shell_of_the_cluster_nothing_to_run(here: Path) -> None:
+    hostile = here / "a b;$(touch x)`touch x`.yaml"
+    (here / "job.yaml").rename(hostile)
+    (folder := here / "parcel").mkdir()
+    _, parcel = pack(hostile, (), ("--slice", "1/2"), folder)
+    entrypoint = request(parcel, 1)["entrypoint"]
+    assert entrypoint == f"echo $$ > {parcel.id}.pid; exec python -m pipelines run job.yaml --slice 1/2"
+    assert "touch" not in json.dumps(request(parcel, 1)) + parcel.job_yaml
 
 
 def test_the_same_job_has_the_same_id_wherever_it_is_packed_and_another_one_has_another(here: Path) -> None:
