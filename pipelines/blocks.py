@@ -6,6 +6,7 @@ Arrays are .npy bytes: one nullable binary column fits every shape and dtype, wh
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 MAX_MESSAGE_CHARS = 500
+
+ALIGNED = 64
+"""Bytes of whose multiples each packed array in a column starts; what is left between them is zeros."""
 
 
 def error_message(text: str) -> str:
@@ -84,6 +88,9 @@ the picture so far, as .npy bytes; `kept` those of earlier stages that are to be
 """
 
 
+PACKED = tuple(field.name for field in RESULT_FIELDS if field.type == pa.binary())
+"""RESULT_FIELDS that are an array each."""
+
 NESTED = frozenset({"kept", "intermediates"})
 """RESULT_FIELDS that hold arrays inside lists."""
 
@@ -91,34 +98,78 @@ NESTED = frozenset({"kept", "intermediates"})
 def with_results(planned: pa.Table, results: list[dict[str, Any]]) -> pa.Table:
     """The first rows of `planned`, one per result, with RESULT_FIELDS as `results` say, in place of any before.
 
-    Arrays among them are packed.
+    Arrays among them are packed. Those of PACKED are copied once, and without Python's lock, for which a device would
+    have to wait.
     """
     out = planned.slice(0, len(results))
     for field in RESULT_FIELDS:
         values = [result.get(field.name) for result in results]
-        if field.type == pa.binary():
-            values = [_packed(value) for value in values]
+        if field.name in PACKED:
+            column = _column(values)
         elif field.name in NESTED:
             values = [[_all_packed(one) for one in value] if value else value for value in values]
-        column = pa.array(values, field.type)
+            column = pa.array(values, field.type)
+        else:
+            column = pa.array(values, field.type)
         at = out.schema.get_field_index(field.name)
         out = out.append_column(field, column) if at < 0 else out.set_column(at, field, column)
     return out
 
 
-def _packed(value: Any) -> Any:
-    return pack(value) if isinstance(value, np.ndarray) else value
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table, with arrays for what is packed: read-only, and in the table's own memory."""
+    packed = [name for name in PACKED if name in table.column_names]
+    rows: list[dict[str, Any]] = table.drop_columns(packed).to_pylist()
+    for name in packed:
+        for row, array in zip(rows, views(table[name]), strict=True):
+            row[name] = array
+    return rows
+
+
+def _column(values: list[NDArray[Any] | bytes | None]) -> pa.Array | pa.ChunkedArray:
+    """A binary column of arrays, and of what is packed already."""
+    pieces = [_pieces(value) for value in values]
+    sizes = [-(-sum(map(len, some)) // ALIGNED) * ALIGNED for some in pieces]
+    ends = np.cumsum([0, *sizes])
+    if ends[-1] > np.iinfo(np.int32).max:
+        packed = [
+            None if value is None else b"".join(map(bytes, some)) for value, some in zip(values, pieces, strict=True)
+        ]
+        return pa.array(packed, pa.binary())
+    data = pa.allocate_buffer(int(ends[-1]))
+    room = np.frombuffer(data, np.uint8)
+    for some, start, end in zip(pieces, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        for piece in some:
+            room[start : start + len(piece)] = piece
+            start += len(piece)
+        room[start:end] = 0
+    valid = pa.array([value is not None for value in values], pa.bool_()).buffers()[1]
+    return pa.Array.from_buffers(pa.binary(), len(values), [valid, pa.py_buffer(ends.astype(np.int32)), data])
+
+
+def _pieces(value: NDArray[Any] | bytes | None) -> tuple[NDArray[np.uint8], ...]:
+    if value is None:
+        return ()
+    if isinstance(value, bytes):
+        return (np.frombuffer(value, np.uint8),)
+    return _head(value.shape, value.dtype), np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
 
 def _all_packed(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: _packed(value) for name, value in entry.items()}
+    return {name: pack(value) if isinstance(value, np.ndarray) else value for name, value in entry.items()}
 
 
 def pack(array: NDArray[Any]) -> bytes:
     """An array of any shape and dtype → .npy bytes."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+    return b"".join(piece.data for piece in _pieces(array))
+
+
+@lru_cache(maxsize=1024)
+def _head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
 def views(column: pa.ChunkedArray) -> Iterator[NDArray[Any] | None]:
@@ -139,7 +190,8 @@ def unpack(data: bytes | pa.Buffer) -> NDArray[Any]:
     # Of version 1, as `pack` writes it: ten bytes, the last two of which say how long the header is.
     end = 10 + int.from_bytes(view[8:10], "little")
     shape, is_fortran, dtype = _header(bytes(view[:end]))
-    return np.frombuffer(view, dtype, offset=end).reshape(shape, order="F" if is_fortran else "C")
+    array = np.frombuffer(view, dtype, math.prod(shape), end)
+    return array.reshape(shape, order="F" if is_fortran else "C")
 
 
 @lru_cache(maxsize=1024)

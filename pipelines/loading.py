@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ldm_ops.describe import ModelFacts
 from pipelines import manifest
-from pipelines.blocks import GEOMETRY, KEPT, RESULT_FIELDS, error_message, pack, with_results
+from pipelines.blocks import GEOMETRY, KEPT, RESULT_FIELDS, error_message, rows_of, with_results
 from pipelines.errors import JobError
 from pipelines.inputs import BadImage, Loaded, Loader, bucket_sizes
 from pipelines.job import Source
@@ -113,7 +113,7 @@ class LoadShard:
         attempts = {} if part is None else manifest.read_attempts(part)
         again = pc.is_in(table["key"], pa.array(at["redo"], pa.string()))
         loaded = self.load(table.filter(again))
-        made = iter(loaded.select([field.name for field in RESULT_FIELDS]).to_pylist())
+        made = iter(rows_of(loaded.select([field.name for field in RESULT_FIELDS])))
         return with_results(
             table,
             [
@@ -177,16 +177,16 @@ class LoadShard:
         # Numbers are stored as they are: nothing else would tell of a bit that has flipped.
         if version is not None and hashlib.sha256(latents.tobytes()).hexdigest() != version:
             return _failed("load", "latents.broken", f"{uri}: other latents at {number} than when the plan was made")
-        return {"latents_data": pack(latents)}
+        return {"latents_data": latents}
 
 
 def _image(loaded: Loaded | BadImage) -> dict[str, Any]:
     if isinstance(loaded, BadImage):
         return _failed("load", loaded.kind, str(loaded))
     return {
-        "pixels": None if loaded.image is None else pack(loaded.image),
-        "mask_pixels": None if loaded.mask_image is None else pack(loaded.mask_image),
-        "control_pixels": None if loaded.control_image is None else pack(loaded.control_image),
+        "pixels": loaded.image,
+        "mask_pixels": loaded.mask_image,
+        "control_pixels": loaded.control_image,
         **{name: getattr(loaded, name) for name in GEOMETRY},
     }
 

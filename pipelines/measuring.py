@@ -26,7 +26,7 @@ from ldm_ops.describe import ModelFacts
 from ldm_ops.device import free_memory
 from pipelines.adapters import StageAdapters
 from pipelines.batch_size import BatchSize, pixels_of, rows_at
-from pipelines.blocks import unpack
+from pipelines.blocks import rows_of
 from pipelines.cluster import ray_cluster
 from pipelines.dataset import BROUGHT, plain_error
 from pipelines.errors import JobError
@@ -105,7 +105,7 @@ class Timer(Worker):
             super().load_model()
 
     def _row(self, table: pa.Table) -> dict[str, Any]:
-        [planned] = table.to_pylist()
+        [planned] = rows_of(table)
         row = self.place.row(planned)
         for refused in self._equip({0: row}).values():
             raise BadImage(refused["error_type"], refused["error_message"])
@@ -216,8 +216,8 @@ def _size_class(pixels: NDArray[Any]) -> NDArray[np.float64]:
 
 def _brought(loaded: pa.Table) -> int:
     """Pixels of what a row brings."""
-    [row] = loaded.select(list(ARRAYS.values())).to_pylist()
-    return pixels_of({name: None if row[at] is None else unpack(row[at]) for name, at in ARRAYS.items()})
+    [row] = rows_of(loaded.select(list(ARRAYS.values())))
+    return pixels_of({name: row[at] for name, at in ARRAYS.items()})
 
 
 def _stage(

@@ -5,6 +5,7 @@ Ray puts `ray_` in front of each name, and tells the node beside the tags given 
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -44,30 +45,33 @@ class Busy:
 
     def __init__(self, stage: str, worker: str) -> None:
         self.tags = {"stage": stage, "worker": worker}
-        self.since = time.monotonic()
+        self.since = self.last = time.monotonic()
         self.busy_s = 0.0
-        self.idle: threading.Timer | None = None
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Around a device batch."""
-        if self.idle:
-            self.idle.cancel()
-        begin = time.monotonic()
+        begin, self.last = time.monotonic(), math.inf
         try:
             yield
         finally:
-            end = time.monotonic()
+            end = self.last = time.monotonic()
             record("ldm_batch_seconds", end - begin, stage=self.tags["stage"])
             self.busy_s += end - begin
             window = max(1e-6, end - self.since)
             record("ldm_device_busy_ratio", min(1.0, self.busy_s / window), **self.tags)
             if window >= WINDOW_S:
                 self.since, self.busy_s = end, 0.0
-            # A gauge stays where it was: nobody else says that there was no batch.
-            self.idle = threading.Timer(WINDOW_S, record, ("ldm_device_busy_ratio", 0.0), self.tags)
-            self.idle.daemon = True
-            self.idle.start()
+
+    def watch(self) -> None:
+        """Tell of times without a batch, too: a gauge stays where it was put."""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(WINDOW_S)
+            if time.monotonic() - self.last > WINDOW_S:
+                record("ldm_device_busy_ratio", 0.0, **self.tags)
 
 
 @cache

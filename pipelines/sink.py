@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_safetensors
 
 from pipelines import manifest, metrics, shard_file
-from pipelines.blocks import KEPT, RESULT_FIELDS, unpack, views
+from pipelines.blocks import KEPT, RESULT_FIELDS, rows_of, unpack
 from pipelines.commit import commit_shard, content_name
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.errors import NotWhole
@@ -89,7 +89,8 @@ class ShardWriter:
     def __call__(self, shard: pa.Table) -> pa.Table:
         if shard.num_rows == 0:
             return RECEIPT.empty_table()
-        rows = _rows(shard)
+        # Not what the stages were given beside the picture.
+        rows = rows_of(shard.drop_columns(["mask_pixels", "control_pixels"]))
         index = rows[0]["shard"]
         path = manifest.part_path(self.plan_id, index)
         again = any(row["attempt"] is not None for row in rows)
@@ -254,7 +255,7 @@ class ShardWriter:
         shapes: dict[tuple[int, ...], list[tuple[dict[str, Any], NDArray[Any]]]] = {}
         for row, record in zip(rows, records, strict=True):
             if row["status"] == "ok" and row["latents_data"] is not None:
-                latents = unpack(row["latents_data"])
+                latents = row["latents_data"]
                 shapes.setdefault(latents.shape, []).append((record, latents))
         for (channels, height, width), members in sorted(shapes.items()):
             head = replace(self.encoder, shape=(channels, height, width), dtype=members[0][1].dtype.name)
@@ -279,10 +280,7 @@ class ShardWriter:
         made = [(row, record) for row, record in zip(rows, records, strict=True) if row["embeds_data"] is not None]
         if not isinstance(self.encoder, EmbeddingsHead) or not made:
             return
-        arrays = [
-            (unpack(row["embeds_data"]), None if row["pooled_data"] is None else unpack(row["pooled_data"]))
-            for row, _ in made
-        ]
+        arrays = [(row["embeds_data"], row["pooled_data"]) for row, _ in made]
         embeds, pooled = arrays[0]
         head = replace(self.encoder, width=embeds.shape[1], pooled_width=0 if pooled is None else len(pooled))
         data = write_embeddings(head, [record for _, record in made], arrays)
@@ -322,11 +320,3 @@ class ShardWriter:
             **{f.name: shard[f.name] for f in passed},
         }
         return pa.Table.from_pydict(columns, schema=pa.schema([*manifest.SCHEMA, *passed]))
-
-
-def _rows(shard: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a shard; `pixels` as an array, and not what the stages were given beside them."""
-    rows: list[dict[str, Any]] = shard.drop_columns(["pixels", "mask_pixels", "control_pixels"]).to_pylist()
-    for row, pixels in zip(rows, views(shard["pixels"]), strict=True):
-        row["pixels"] = pixels
-    return rows

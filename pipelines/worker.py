@@ -19,7 +19,7 @@ from ldm_ops.op import Op, Row, RowRefused
 from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
 from pipelines.batch_size import pixels_of, rows_at
-from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, unpack, with_results
+from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, rows_of, with_results
 from pipelines.heartbeat import Permit
 from pipelines.inputs import BadImage, Loader
 from pipelines.journal import Death, Record, journal_of
@@ -51,7 +51,7 @@ class Place:
         row["key"] = planned["key"]
         row["lora_revision"] = self.adapters.lora_revision if self.index else planned["lora_revision"]
         for name, packed in ARRAYS.items():
-            row[name] = None if planned[packed] is None else unpack(planned[packed])
+            row[name] = planned[packed]
         return row
 
     def fit(self, row: dict[str, Any]) -> None:
@@ -111,6 +111,8 @@ class Worker:
         # that another thread's call fails). How many threads torch takes belongs to the calling one too.
         self.device_thread = ThreadPoolExecutor(1, "device", set_threads, (place.stage.num_threads,))
         self.busy = Busy(place.stage.op, self.name)
+        if actor_id():
+            self.busy.watch()
 
     def load_model(self) -> None:
         folder = fetch(self.weights)
@@ -121,7 +123,7 @@ class Worker:
         asked = time.monotonic()
         if self.permit is not None and self.permit.is_over:
             return shard.slice(0, 0)
-        rows = shard.to_pylist()
+        rows = rows_of(shard)
         if not rows:
             return shard
         fresh = {i: self.place.row(planned) for i, planned in enumerate(rows) if planned["status"] is None}
