@@ -1,6 +1,6 @@
 """Whether the device waits: our pipeline around a device that only sleeps, and plain Ray Data around the same.
 
-    python -m benchmarks.handover [busy-250] [busy-50] [scale-out] [shards] [million] [--batches 60] [--rounds 3]
+    python -m benchmarks.handover [busy-250] [busy-50] [scale-out] [shards] [million] [--batches 240] [--rounds 3]
 
     busy-250   16 pictures of 512 px in 250 ms, through PNG files by fpng, digests and manifest: ideal time ÷ span, one
                worker
@@ -211,8 +211,8 @@ def compare(load: Load, rounds: int) -> dict[str, Any]:
 
 def scale_out(batches: int) -> dict[str, Any]:
     """1 and 8 workers, small pictures: what is asked is whether one driver feeds them."""
-    one = Load("txt2img", 64, 8, 0.25, batches // 2, 4)
-    eight = Load("txt2img", 64, 8, 0.25, 4 * batches, 4, workers=8)
+    one = Load("txt2img", 64, 8, 0.25, batches // 4, 4)
+    eight = Load("txt2img", 64, 8, 0.25, 2 * batches, 4, workers=8)
     rates = [measure(ours, one, rate), measure(ours, eight, rate)]
     peers = [measure(peer, one, rate), measure(peer, eight, rate)]
     return {
@@ -224,7 +224,7 @@ def scale_out(batches: int) -> dict[str, Any]:
 
 def shards_per_s(batches: int) -> dict[str, Any]:
     """One batch a shard, one small picture a batch: all the time is the data plane's."""
-    load = Load("txt2img", 64, 1, 0.0, 20 * batches, 1, workers=1)
+    load = Load("txt2img", 64, 1, 0.0, 5 * batches, 1, workers=1)
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_SELF)
         ours(load, Path(folder))
@@ -261,13 +261,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "busy-250": lambda args: compare(Load("txt2img", 512, 16, 0.25, args.batches), args.rounds),
-        "busy-50": lambda args: compare(Load("encode", 256, 32, 0.05, 8 * args.batches), args.rounds),
+        "busy-50": lambda args: compare(Load("encode", 256, 32, 0.05, 3 * args.batches), args.rounds),
         "scale-out": lambda args: scale_out(args.batches),
         "shards": lambda args: shards_per_s(args.batches),
         "million": lambda args: million(),
     }
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
-    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--batches", type=int, default=240)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with ray_cluster(None):
