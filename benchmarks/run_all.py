@@ -158,11 +158,13 @@ def on_gpu(number: int) -> Callable[[Lines], Found]:
     return read
 
 
+STORE = ("object_store", "--pictures", "512")
+
 FIGURES = (
     Figure("1a", "device that sleeps 50 ms a batch: busy", ("handover", "busy-50"), 2, busy(0.97), "97 %", "100 %"),
     Figure("1b", "the same, 250 ms", ("handover", "busy-250"), 2, busy(0.995), "99.5 %", "100 %"),
     Figure("2", "PNG files of 512 px", ("sink",), 3, sink, "12 ×", "disk"),
-    Figure("3", "object store 30 ms away", ("object_store", "--pictures", "512"), 3, object_store, "20 ×, 1 a shard", "server"),
+    Figure("3", "object store 30 ms away", STORE, 3, object_store, "20 ×, 1 a shard", "server"),
     Figure("4", "mixed table: useful work", ("mixed_table",), 0, mixed_table, "95 %, 3 ×", "100 %"),
     Figure("5", "text encoder, prompts 10 times each", ("text",), 0, text, "distinct + 1", ""),
     Figure("6a", "whole job against a bare loop", ("generation",), 3, generation, "0.95 ×", ""),
@@ -240,7 +242,7 @@ def main() -> None:
                 rounds = max(1, figure.rounds // 3) if args.quick and figure.rounds else figure.rounds
                 heard[figure.command] = output_of(figure.command, rounds)
             found = figure.read(heard[figure.command])
-        except (RuntimeError, StopIteration, KeyError, ValueError) as error:
+        except (RuntimeError, StopIteration, KeyError, TypeError, ValueError) as error:
             reason = str(error) or type(error).__name__
             results.append(said | {"unmeasured": reason})
             print(f"| {figure.number} | {figure.what} | unmeasured: {reason} | | | {figure.bar} | {figure.limit} | |")

@@ -41,7 +41,7 @@ from pipelines.sink import ShardWriter
 Pictures = list[NDArray[np.uint8]]
 ENCODERS = ("pillow", "fpng")
 WATCHED = (
-    (sink, "_rows", "rows"),
+    (sink, "rows_of", "rows"),
     (sink, "encode", "encode"),
     (sink, "describe", "describe"),
     (sink, "content_name", "hash"),
