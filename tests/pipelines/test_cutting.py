@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipelines.cutting import MAX_BATCHES, MAX_BYTES, shard_of_batch
+from pipelines.dataset import CALLS_PER_WORKER
 
 
 def mixed(num_batches: int, seed: int) -> NDArray[np.float64]:
@@ -21,7 +22,7 @@ def mixed(num_batches: int, seed: int) -> NDArray[np.float64]:
     return (sides.astype(np.float64) ** 2 * steps * guided)[order]
 
 
-def wait_at_the_end(costs: NDArray[np.float64], num_workers: int, calls_per_worker: int = 2) -> float:
+def wait_at_the_end(costs: NDArray[np.float64], num_workers: int, calls_per_worker: int = CALLS_PER_WORKER) -> float:
     """The share of a run's time that a worker stands idle at its end, on average.
 
     Each takes the next shard as soon as it has fewer than `calls_per_worker`, as Ray Data hands them out.
