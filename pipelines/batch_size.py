@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Field
+
+from pipelines.alternatives import one_of
 
 Rows = Annotated[int, Field(ge=1, le=4096)]
 Pixels = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
-def _in_one_line(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return read(value)
-    except ValidationError:
-        # Of a union pydantic tells what is wrong with each of its members.
-        raise ValueError("a number from 1 to 4096, auto, or {px: rows} such as {262144: 16, 1048576: 4}") from None
-
-
 BatchSize = Annotated[
-    Rows | Literal["auto"] | Annotated[dict[Pixels, Rows], Field(min_length=1)], WrapValidator(_in_one_line)
+    Rows | Literal["auto"] | Annotated[dict[Pixels, Rows], Field(min_length=1)],
+    one_of("a number from 1 to 4096, auto, or {px: rows} such as {262144: 16, 1048576: 4}"),
 ]
 
 UNMEASURED = 8

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.alternatives import one_of
 from pipelines.cluster_section import PARTS, Cluster
 from pipelines.errors import JobError
 from pipelines.stages import REFERENCES, STAGES, AnyStage, Pool, RowParameter, Stage, not_output
@@ -190,9 +191,9 @@ class Job(Section):
     source: Source
     stages: Annotated[list[Stage], Field(min_length=1, max_length=8)]
     sink: Sink
-    batches_per_shard: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = Field(
-        "auto", description="device batches in the unit of commit and resume"
-    )
+    batches_per_shard: Annotated[
+        Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"], one_of("a number from 1 to 100000, or auto")
+    ] = Field("auto", description="device batches in the unit of commit and resume")
     cluster: Cluster = Field(
         default_factory=lambda: Cluster(), description="what `submit --kube` asks Kubernetes for; changes no row"
     )

@@ -29,7 +29,7 @@ from pipelines.batch_size import BatchSize, pixels_of, rows_at
 from pipelines.blocks import rows_of
 from pipelines.cluster import ray_cluster
 from pipelines.dataset import BROUGHT, plain_error
-from pipelines.errors import JobError
+from pipelines.errors import JobError, LdmError
 from pipelines.fitting import TASK_CPUS, fit, selector
 from pipelines.inputs import BadImage
 from pipelines.job import Job, digest
@@ -38,7 +38,7 @@ from pipelines.planner import buckets_of
 from pipelines.stages import AnyStage, reads
 from pipelines.storage import Store
 from pipelines.weights import Weights, cache_folder
-from pipelines.worker import ARRAYS, Place, Worker
+from pipelines.worker import ARRAYS, Place, Worker, first_line
 
 GAIN = 1.03
 """By how much a size has to be faster than half of it."""
@@ -101,8 +101,15 @@ class Timer(Worker):
         return None
 
     def _loaded(self) -> None:
-        if not hasattr(self, "model"):
+        if hasattr(self, "model"):
+            return
+        try:
             super().load_model()
+        except LdmError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a library raises what it likes
+            # No row's fault.
+            raise JobError(f"stages.{self.place.index}: the model cannot be loaded ({first_line(error)})") from None
 
     def _row(self, table: pa.Table) -> dict[str, Any]:
         [planned] = rows_of(table)
@@ -145,8 +152,8 @@ def measured(
     last = max(i for i, stage in enumerate(job.stages) if stage.batch_size == "auto")
     say("measuring batch_size: auto …")
     with ray_cluster(address):
-        tried = list(samples(job, equipped[0], rows))
         try:
+            tried = list(samples(job, equipped[0], rows))
             for i, one in enumerate(equipped[: last + 1]):
                 sizes, tried = _stage(i, one, job, tried, i < last, say)
                 if one[0].batch_size == "auto":
@@ -206,6 +213,9 @@ def _apart(load: LoadShard, row: pa.Table) -> pa.Table | None:
 
     try:
         return ray.get(ray.remote(num_cpus=TASK_CPUS, max_retries=0)(bring).remote())
+    except ray.exceptions.RayTaskError as error:
+        # What Ray makes of it is an error of ours too, whose text is a traceback.
+        raise error.cause from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
         return None
 
@@ -265,7 +275,9 @@ def _stage(
 
                         curve: list[Timed] = []
                         size = best_size(rate, most, curve)
-                        _keep(kind, size)
+                        # Without room for one row nothing was measured: something else may have had the memory.
+                        if curve[0][1] is not None:
+                            _keep(kind, size)
                         shown = ", ".join(f"{n}: {'no room' if r is None else f'{r:.3g}'}" for n, r in curve)
                         say(f"stages.{index}.batch_size: {size} up to {pixels} px (rows/s at {shown})")
                     sizes[pixels] = size
@@ -276,6 +288,8 @@ def _stage(
                     made.append(([ray.get(timer.__call__.remote(row))], count if index else min(count, held)))
                 break
             except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, LdmError):
+                    raise error.cause from None
                 reason = (str(error.cause).strip().splitlines() or [type(error.cause).__name__])[0]
     ray.kill(timer)
     if (goes_on and not made) or (stage.batch_size == "auto" and not sizes):

@@ -16,6 +16,7 @@ from ldm_ops.op import Op
 from ldm_ops.sampling import ModelName
 from ldm_ops.txt2img import Txt2Img
 from ldm_ops.upscale import Upscale
+from pipelines.alternatives import one_of
 from pipelines.batch_size import BatchSize
 
 RowParameter = Literal[
@@ -62,7 +63,10 @@ Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0
 LabelValue = Annotated[
     str, StringConstraints(pattern=r"^!?([A-Za-z0-9][A-Za-z0-9._-]{0,62}|in\([A-Za-z0-9._, -]{1,500}\))$")
 ]
-Workers = Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] | Range
+Workers = Annotated[
+    Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] | Range,
+    one_of("a number from 1 to 100000, auto, or as many as fit, such as {min: 2, max: 8}"),
+]
 
 
 class Pool(BaseModel):

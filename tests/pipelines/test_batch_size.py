@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipelines import load_job, run
 from pipelines.batch_size import pixels_of, rows_at
-from pipelines.errors import JobError
+from pipelines.errors import JobError, StorageError
 from pipelines.job import Job, parse_job
 from pipelines.measuring import _apart, best_size, samples, timed_steps
 from pipelines.planner import check, plan
@@ -112,6 +112,20 @@ def test_a_file_that_ends_its_decoder_is_not_measured_with() -> None:
     assert _apart(Deadly(), pa.table({"status": [None]})) is None  # type: ignore[arg-type]
 
 
+class Refused:
+    """A store that refuses."""
+
+    def load(self, row: pa.Table) -> pa.Table:
+        raise StorageError("s3://bucket: no permission; look at storage_options")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_store_that_refuses_what_is_to_be_measured_is_told_in_one_line() -> None:
+    with pytest.raises(StorageError) as caught:
+        _apart(Refused(), pa.table({"status": [None]}))  # type: ignore[arg-type]
+    assert str(caught.value) == "s3://bucket: no permission; look at storage_options"
+
+
 def test_rows_are_counted_that_can_share_a_batch(tmp_path: Path) -> None:
     rows = [{"prompt": f"a red circle {i}", "guidance_scale": 1 + i % 4} for i in range(40)]
     rows += [{"prompt": f"a red circle {i}", "height": 128, "width": 128} for i in range(7)]
@@ -133,12 +147,29 @@ def sampled(job: Job) -> list[tuple[int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("wrong", ["0", "4097", "atuo", "2.5", "{}", "{x: 3}", "{4096: 0}", "null"])
+@pytest.mark.parametrize("wrong", ["0", "4097", "atuo", "2.5", "{}", "{x: 3}", "{4096: 0}", "null", "true"])
 def test_a_wrong_batch_size_is_one_line(wrong: str, tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
         load_job(job_file(tmp_path), [f"stages.0.batch_size={wrong}"])
     assert "\n" not in str(caught.value)
     assert "stages.0.batch_size: a number from 1 to 4096, auto, or {px: rows}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("stages.0.workers=0", "stages.0.workers: a number from 1 to 100000, auto, or as many as fit"),
+        ("stages.0.workers={min: 1, max: auto}", "stages.0.workers: a number from 1 to 100000, auto, or as many"),
+        ("stages.0.workers={min: 3, max: 2}", "stages.0.workers: min 3 is more than max 2"),
+        ("stages.0.workers=true", "stages.0.workers: a number from 1 to 100000, auto, or as many as fit"),
+        ("batches_per_shard=x", "batches_per_shard: a number from 1 to 100000, or auto; got x"),
+    ],
+)
+def test_a_wrong_number_that_may_be_something_else_too_is_one_line(wrong: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError) as caught:
+        load_job(job_file(tmp_path), [wrong])
+    assert "\n" not in str(caught.value)
+    assert said in str(caught.value)
 
 
 def job_file(folder: Path, model: str = "builtin:shapes") -> Path:
@@ -216,6 +247,17 @@ def test_rows_that_cannot_be_loaded_are_told_in_one_line(tmp_path: Path, tiny_mo
     job.write_text(json.dumps(value))
     with pytest.raises(JobError, match="auto cannot be measured .*; mend the rows, or give a number$"):
         run(load_job(job))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_rows(tmp_path: Path, tiny_model: Path) -> None:
+    asked = ["stages.0.accelerate={cuda_graphs: true, compile: full}", "stages.0.num_gpus=0"]
+    with pytest.raises(JobError) as caught:
+        run(load_job(job_file(tmp_path, str(tiny_model)), asked))
+    assert str(caught.value) == (
+        "stages.0: the model cannot be loaded (accelerate.cuda_graphs: the device is cpu; leave it out, or use a CUDA "
+        "device)"
+    )
 
 
 @pytest.mark.usefixtures("ray_session")
