@@ -127,7 +127,7 @@ class Worker:
         if not rows:
             return shard
         fresh = {i: self.place.row(planned) for i, planned in enumerate(rows) if planned["status"] is None}
-        # Two calls at a time: one has the device while the other's rows come in, or its results are packed.
+        # Some calls at a time: one has the device while others' rows come in, or their results are packed.
         made = self.device_thread.submit(self._in_turn, asked, rows[0], fresh).result()
         if made is None:
             return shard.slice(0, 0)
@@ -137,7 +137,7 @@ class Worker:
         return with_results(shard, results)
 
     def _in_turn(self, asked: float, first: Row, fresh: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]] | None:
-        # The other shard may have taken minutes.
+        # The shards before may have taken minutes.
         if self.permit is not None and time.monotonic() - asked > STALE_S and self.permit.is_over:
             return None
         return self._make(first, fresh)
