@@ -55,12 +55,13 @@ def set_threads(count: int) -> None:
 
 def keep_to_share(num_gpus: float) -> None:
     """Let this process take no more of its GPU's memory than its share, where that is less than a whole one: what runs
-    out of memory is then its own batch, and not that of another process beside it."""
-    if 0 < num_gpus < 1:
+    out of memory is then its own batch, and not that of another process beside it. Of whole ones it may take all, also
+    where it had a share before."""
+    if num_gpus > 0:
         import torch
 
         if torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(num_gpus)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, num_gpus))
 
 
 def device_name(device: str) -> str:
