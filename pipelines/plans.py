@@ -143,11 +143,10 @@ def same_settings(held: dict[str, Any], now: dict[str, Any]) -> bool:
 def refuse_other_job(store: ObjectStore, held: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise OutputHeldByOther with the difference."""
     now = json.loads(json.dumps(now))
-    changes = [
-        f"{name} {held.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(held.keys() | now.keys())
-        if held.get(name) != now.get(name)
-    ]
+    names = [name for name in sorted(held.keys() | now.keys()) if held.get(name) != now.get(name)]
+    # Not what is spelled out, off, only because something beside it is on.
+    asked = [name for name in names if not {repr(held.get(name)), repr(now.get(name))} <= {"None", "False"}]
+    changes = [f"{name} {held.get(name)!r}, now {now.get(name)!r}" for name in asked or names]
     more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
     raise OutputHeldByOther(
         f"{store.url} holds another job ({'; '.join(changes[:4])}{more}): choose a new sink.path, or pass --extend "

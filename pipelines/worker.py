@@ -20,6 +20,7 @@ from ldm_ops.sampling import Sampling
 from pipelines.adapters import LoraShelf, StageAdapters
 from pipelines.batch_size import pixels_of, rows_at
 from pipelines.blocks import GEOMETRY, RESULT_FIELDS, error_message, rows_of, with_results
+from pipelines.errors import JobError
 from pipelines.heartbeat import Permit
 from pipelines.inputs import BadImage, Loader
 from pipelines.journal import Death, Record, journal_of
@@ -117,7 +118,12 @@ class Worker:
     def load_model(self) -> None:
         folder = fetch(self.weights)
         adapters = self.place.adapters
-        self.model = self.op.load(folder, adapters.fetch()) if isinstance(self.op, Sampling) else self.op.load(folder)
+        beside = (adapters.fetch(),) if isinstance(self.op, Sampling) else ()
+        try:
+            self.model = self.op.load(folder, *beside)
+        except ValueError as error:
+            # What a part of the model, the device or the installation cannot do.
+            raise JobError(f"stages.{self.place.index}: {first_line(error)}") from None
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         asked = time.monotonic()

@@ -427,6 +427,12 @@ def test_an_output_of_another_job_is_refused_with_the_difference(make_job: MakeJ
     assert [p.num_rows for p in extended.plans] == [1, 1]
 
 
+def test_of_another_job_only_what_was_asked_for_is_told(make_job: MakeJob) -> None:
+    plan(make_job())
+    with pytest.raises(OutputHeldByOther, match=r"holds another job \(stages.0.accelerate.deep_cache None, now 2\):"):
+        plan(make_job(stage={"accelerate": {"deep_cache": 2}}))
+
+
 def test_workers_and_gpus_are_no_other_job(make_job: MakeJob) -> None:
     plan(make_job())
     assert plan(make_job(stage={"workers": 2, "num_cpus": 0.5, "device": "cpu"})).new is None
