@@ -19,6 +19,9 @@ PngEncoder = Literal["pillow", "fpng"]
 EXTENSIONS: dict[str, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "jxl": "jxl"}
 MIME_TYPES: dict[str, str] = {name: f"image/{name}" for name in EXTENSIONS}
 
+MOST_PX = {"webp": 16_383, "jpeg": 65_500}
+"""Of a picture's longer side, where a format or its library has an end."""
+
 JPEG_QUALITY, THUMBNAIL_QUALITY = 95, 85
 
 _Z_RLE = 3

@@ -22,7 +22,7 @@ from pipelines.commit import commit_shard, content_name
 from pipelines.embeddings_file import EmbeddingsHead, write_embeddings
 from pipelines.errors import NotWhole
 from pipelines.generation_text import describe
-from pipelines.images import EXTENSIONS, MIME_TYPES, encode, thumbnail
+from pipelines.images import EXTENSIONS, MIME_TYPES, MOST_PX, encode, thumbnail
 from pipelines.job import Layout, Sink
 from pipelines.latents_file import LatentsHead, write_latents
 from pipelines.shard_file import Picture
@@ -91,6 +91,8 @@ class ShardWriter:
             return RECEIPT.empty_table()
         # Not what the stages were given beside the picture.
         rows = rows_of(shard.drop_columns(["mask_pixels", "control_pixels"]))
+        for row in rows:
+            row |= self._too_long(row)
         index = rows[0]["shard"]
         path = manifest.part_path(self.plan_id, index)
         again = any(row["attempt"] is not None for row in rows)
@@ -142,6 +144,20 @@ class ShardWriter:
             for (status, stage), num in Counter((row["status"], row["stage"] or "") for row in made).items():
                 metrics.record("ldm_rows_total", num, status=status, stage=stage)
         return pa.Table.from_pylist([receipt], schema=RECEIPT)
+
+    def _too_long(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What is to be changed of a row whose picture the format cannot hold: nobody else's may be lost for it."""
+        most = MOST_PX.get(self.sink.format)
+        if most is None:
+            return {}
+        pictures = [row["pixels"]] if row["status"] == "ok" and row["pixels"] is not None else []
+        pictures += [unpack(early["pixels"]) for early in row["kept"] or ()]
+        longest = max((max(pixels.shape[:2]) for pixels in pictures), default=0)
+        if longest <= most:
+            return {}
+        message = f"{longest} px: {self.sink.format} holds at most {most}; use sink.format: png"
+        told = {"status": "failed", "stage": "sink", "error_type": "image.too_large", "error_message": message}
+        return {**told, "pixels": None, "kept": None}
 
     def _is_there(self, before: dict[str, dict[str, Any]], key: str) -> bool:
         """Whether what an earlier attempt made of a row is whole: a repair must not lose it, where it can no longer be

@@ -122,6 +122,23 @@ def test_a_part_that_is_damaged_while_rows_of_it_are_made_again_is_named(
     assert part.read_bytes() == cut
 
 
+def test_a_picture_that_the_format_cannot_hold_costs_its_row_alone(
+    sink_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = pixels
+    long = {"a blue star": picture(8, 16_384, seed=1)}
+    monkeypatch.setitem(globals(), "pixels", lambda prompt: long[prompt] if prompt in long else drawn(prompt))
+    job = sink_job(format="webp")
+    rows = written(job)
+    assert [(row["status"], row["error_type"]) for row in rows] == [
+        ("failed", "image.too_large"),
+        ("ok", None),
+        ("failed", "x"),
+    ]
+    assert [fault[:9] for fault in verify(job.sink.path).faults] == ["_SUCCESS:"]  # nobody counted
+    assert rows[0]["error_message"] == "16384 px: webp holds at most 16383; use sink.format: png"
+
+
 def test_a_tar_depends_on_nothing_but_its_pictures(sink_job: Callable[..., Job], tmp_path: Path) -> None:
     for out in ("one", "two"):
         written(sink_job(out, layout="webdataset"))
