@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from pipelines import manifest
@@ -15,21 +16,21 @@ from tests.faults.simulation import OURS, Protocol
 Files = list[tuple[str, bytes]]
 
 
-def overwrite(store: Any, files: Files, path: str, part: bytes, *_: Any) -> str:
+def overwrite(store: Any, files: Files, path: str, part: Callable[[], bytes], *_: Any) -> str:
     """Fixed names: the last one to write is right."""
     for file in files:
         store.write(*file)
-    store.write(path, part)
+    store.write(path, part())
     return "mine"
 
 
-def rename(store: Any, files: Files, path: str, part: bytes, attempt: str, *_: Any) -> str:
+def rename(store: Any, files: Files, path: str, part: Callable[[], bytes], attempt: str, *_: Any) -> str:
     """A pending mark that tells what is under way, the data, then the rename that makes it count."""
     final = path.replace(".parquet", f"-{attempt}.parquet")
-    store.write(f"{final}.pending", part)
+    store.write(f"{final}.pending", part())
     for file in files:
         store.write(*file)
-    store.write(final, part)
+    store.write(final, part())
     store.delete(f"{final}.pending")
     return "mine"
 
@@ -58,12 +59,12 @@ def all_renamed(store: Any) -> None:
     store.write("_SUCCESS", json.dumps({"num_ok": sum(plan.num_rows for plan in plans)}).encode())
 
 
-def trust_the_answer(store: Any, files: Files, path: str, part: bytes, *_: Any) -> str:
+def trust_the_answer(store: Any, files: Files, path: str, part: Callable[[], bytes], *_: Any) -> str:
     """412 means that another attempt won: delete my files."""
     for file in files:
         store.write(*file)
     try:
-        store.create(path, part)
+        store.create(path, part())
     except (Exists, OSError):
         for name, _ in files:
             store.delete(name)

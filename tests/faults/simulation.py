@@ -432,8 +432,8 @@ def do_shard(world: World, store: SimulatedStore, protocol: Protocol, plan: Plan
     def outcome() -> int:
         return number if outcomes is None else world.rng.randrange(outcomes)
 
-    made = attempt_at(plan, shard, f"a{number}", outcome, protocol.name)
-    world.did(protocol.commit(store, *made, f"a{number}", manifest.attempt_of, store.pause))
+    files, path, part = attempt_at(plan, shard, f"a{number}", outcome, protocol.name)
+    world.did(protocol.commit(store, files, path, lambda: part, f"a{number}", manifest.attempt_of, store.pause))
 
 
 def redoer(world: World) -> Callable[[Actor], None]:
