@@ -282,7 +282,9 @@ def test_a_submission_that_died_without_sending_the_files_is_mended_by_the_next(
     assert owners(kube) == {kube.all(RAY, "rayjobs")[0]["metadata"]["uid"]}
 
 
-def test_who_is_refused_touches_nothing_of_who_was_first(kube: FakeKube, jobs: KubeJobs, make_parcel: Make) -> None:
+def test_who_is_refused_touches_nothing_of_who_was_first(
+    kube: FakeKube, jobs: KubeJobs, make_parcel: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parcel = make_parcel()
     look = jobs._all
 
@@ -292,7 +294,7 @@ def test_who_is_refused_touches_nothing_of_who_was_first(kube: FakeKube, jobs: K
         assert KubeJobs().submit(parcel)[1] is (not found)
         return found
 
-    jobs._all = look_too_early  # type: ignore[method-assign]
+    monkeypatch.setattr(jobs, "_all", look_too_early)
     kube.faults.append(Fault("POST", "configmaps$", 500, times=0))
     assert jobs.submit(parcel)[1] is False
     assert made(kube) == (1, 1)

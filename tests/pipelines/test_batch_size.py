@@ -18,6 +18,7 @@ from pipelines import load_job, run
 from pipelines.batch_size import pixels_of, rows_at
 from pipelines.errors import JobError, StorageError
 from pipelines.job import Job, parse_job
+from pipelines.loading import LoadShard
 from pipelines.measuring import _apart, best_size, samples, timed_steps
 from pipelines.planner import check, plan
 from pipelines.plans import read_plans
@@ -99,30 +100,30 @@ def test_images_of_sizes_that_only_their_files_tell_are_measured_by_size(tmp_pat
     assert sampled(job) == [(6, 6), (3, 3), (3, 3)]
 
 
-class Deadly:
+class Deadly(LoadShard):
     """A file that ends the process which decodes it."""
 
-    def load(self, row: pa.Table) -> pa.Table:
+    def load(self, table: pa.Table) -> pa.Table:
         os.kill(os.getpid(), signal.SIGKILL)
-        return row
+        return table
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_file_that_ends_its_decoder_is_not_measured_with() -> None:
-    assert _apart(Deadly(), pa.table({"status": [None]})) is None  # type: ignore[arg-type]
+    assert _apart(Deadly(Store("memory://none"), None, "", {}), pa.table({"status": [None]})) is None
 
 
-class Refused:
+class Refused(LoadShard):
     """A store that refuses."""
 
-    def load(self, row: pa.Table) -> pa.Table:
+    def load(self, table: pa.Table) -> pa.Table:
         raise StorageError("s3://bucket: no permission; look at storage_options")
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_store_that_refuses_what_is_to_be_measured_is_told_in_one_line() -> None:
     with pytest.raises(StorageError) as caught:
-        _apart(Refused(), pa.table({"status": [None]}))  # type: ignore[arg-type]
+        _apart(Refused(Store("memory://none"), None, "", {}), pa.table({"status": [None]}))
     assert str(caught.value) == "s3://bucket: no permission; look at storage_options"
 
 
